@@ -1,0 +1,2495 @@
+#!/usr/bin/env python3
+"""The Replicas Engine: drive the Codex CLI on a workspace over HTTP.
+
+The way through
+    socket -> WSGIServer (a thread a connection) -> WSGIRequestHandler: bytes in, environ out
+           -> Application: secret, Router, handler -> Response -> WSGIRequestHandler: bytes out
+    POST /codex/send -> CodexRunner.send -> Turn: one `codex exec`, read by one thread -> TurnLog
+    GET /codex/events: any number of EventStreams, each at its own place in that file
+
+A turn is a log: a file that holds the turn's server-sent events just as they go out.  One thread
+appends to it; every reader copies it from wherever it stands and waits for more.  Taking up a
+stream again, replaying one after a crash, a slow client and ten clients are all that one case.
+A turn belongs to the engine and not to the request that started it.
+
+Who owns which state
+    CodexRunner  the thread id, the turn in progress, the idempotency keys; all under its lock.
+    Turn         its Codex process, its prompt and its deadlines; touched by its own thread only.
+    TurnLog      one turn's file; appended to by the turn's thread, read by everybody.
+    WSGIServer   its connections.  It knows nothing of Codex, nor the Application of sockets.
+On disk (REPLICAS_ENGINE_STATE): `lock`, held while an engine runs; `thread.json`, the thread id;
+`turns/<id>.log`, the kept turns.  What else is known of a turn is read from its log.
+
+The locks: the runner's, a log's Condition, the server's for its connections, and one that keeps
+starting a process and reaping orphans apart.  None is taken while another is held, and none is
+held across a yield, a socket or a file.  One more, in the runner, only puts the writes of
+`thread.json` into their order.
+
+Read it downward: a name is defined above its use.  The sections: Settings, Logging, Errors,
+Requests and responses, Routing, Secret, Turn log and event stream, Rollouts, Codex, Turn options,
+Processes, Turn and CodexRunner, Application, WSGI server, systemd, Command line.
+"""
+
+import base64
+import binascii
+import collections
+import contextlib
+import ctypes
+import datetime
+import errno
+import fcntl
+import hashlib
+import hmac
+import io
+import json
+import logging
+import os
+import pwd
+import re
+import selectors
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+import zlib
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from queue import Empty, SimpleQueue
+from socketserver import BaseRequestHandler
+
+__version__ = "0.2.0"
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
+
+
+class SettingsError(ValueError):
+    """A setting that can't be used; the message names it and says why."""
+
+
+class Settings:
+    """What the operator decided, read once from the environment `env`.
+
+    A variable that is set to nothing counts as not set.  Raises SettingsError.
+    """
+
+    def __init__(self, env):
+        self.env = {name: value for name, value in env.items() if value}
+        get = self.env.get
+        self.home = get("HOME") or _home_of_user()
+        self.secret = self._secret()
+        self.host = get("HOST")
+        self.port = self._number("PORT", 3737, most=65535)
+        self.development = get("NODE_ENV") == "development"
+        self.workspace = self._path("WORKSPACE_HOME", get("HOME") or "/home/ubuntu")
+        self.codex_path = get("CODEX_PATH") and self._path("CODEX_PATH", "")
+        self.codex_home = self._path("CODEX_HOME", os.path.join(self.home, ".codex"))
+        self.sandbox = self._sandbox()
+        self.model = self._model()
+        self.idle_timeout = self._number("REPLICAS_ENGINE_IDLE_TIMEOUT", 1800)
+        self.turn_timeout = self._number("REPLICAS_ENGINE_TURN_TIMEOUT", 0)
+        self.state = self._path("REPLICAS_ENGINE_STATE", self._default_state())
+        self.max_body = self._number("REPLICAS_ENGINE_MAX_BODY", 32 * 1024 * 1024, least=1)
+        self.max_connections = self._number("REPLICAS_ENGINE_MAX_CONNECTIONS", 256, least=1)
+
+    @classmethod
+    def from_process(cls):
+        """The settings of this process: `.env` in the working directory, then its environment."""
+        env = {}
+        try:
+            with open(".env", encoding="utf-8-sig", errors="surrogateescape") as file:
+                env = parse_dotenv(file.read())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+                log.warning("the file .env can't be read and is passed over: %s", error)
+        env.update(os.environ)
+        return cls(env)
+
+    def _secret(self):
+        secret = os.fsencode(self.env.get("REPLICAS_ENGINE_SECRET", "")).strip()
+        if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", secret):
+            raise SettingsError("REPLICAS_ENGINE_SECRET has a control character in it, "
+                                "which no HTTP header can carry")
+        return secret or None
+
+    def _number(self, name, default, least=0, most=2 ** 53):
+        text = self.env.get(name, str(default)).strip()
+        if not re.fullmatch(r"[0-9]{1,16}", text) or not least <= int(text) <= most:
+            raise SettingsError("%s=%s is not a whole number from %d to %d"
+                                % (name, text, least, most))
+        return int(text)
+
+    def _path(self, name, default):
+        path = self.env.get(name, default)
+        if path == "~" or path.startswith("~/"):
+            path = self.home + path[1:]
+        if "\0" in path:
+            raise SettingsError("%s has a NUL character in it" % name)
+        return os.path.abspath(path)
+
+    def _sandbox(self):
+        sandbox = self.env.get("REPLICAS_ENGINE_SANDBOX", "workspace-write")
+        if sandbox not in SANDBOX_MODES + ("config",):
+            raise SettingsError("REPLICAS_ENGINE_SANDBOX=%s is none of %s, config"
+                                % (sandbox, ", ".join(SANDBOX_MODES)))
+        return None if sandbox == "config" else sandbox
+
+    def _model(self):
+        model = self.env.get("REPLICAS_ENGINE_MODEL")
+        problem = model and not_a_name(model)
+        if problem:
+            raise SettingsError("REPLICAS_ENGINE_MODEL %s" % problem)
+        return model
+
+    def _default_state(self):
+        systemd = self.env.get("STATE_DIRECTORY", "").split(":")[0]
+        base = self.env.get("XDG_STATE_HOME", "")
+        if not os.path.isabs(base):    # the XDG Base Directory Specification: ignore a relative one
+            base = os.path.join(self.home, ".local", "state")
+        return systemd or os.path.join(base, "replicas-engine")
+
+
+def _home_of_user():
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return "/"
+
+
+def not_a_name(text):
+    """Why `text` can't be the name of a model (or the like), or None if it can."""
+    if not 1 <= len(text) <= 200:
+        return "must be 1 to 200 characters long"
+    if not all(character.isprintable() for character in text):
+        return "has a character in it that can't be printed"
+    return None
+
+
+DOTENV_LINE = re.compile(r"""
+    ^[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.-]*)[ \t]*=[ \t]*
+    (?:'(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)" | (?P<bare>[^\r\n]*?))
+    [ \t]*(?:(?<![^\s'"=])\#[^\r\n]*)?\r?$ """, re.VERBOSE | re.MULTILINE | re.DOTALL)
+
+
+def parse_dotenv(text):
+    """The variables of a `.env` file, read as 0.1.0's library dotenv reads it.
+
+    Lines that assign nothing are passed over; quoted values may span lines; in double quotes
+    backslash escapes count.
+    """
+    env = {}
+    for match in DOTENV_LINE.finditer(text):
+        value = match.group("single")
+        if value is None and match.group("double") is not None:
+            value = re.sub(r"\\(.)", lambda escape: {"n": "\n", "r": "\r", "t": "\t"}.get(
+                escape.group(1), escape.group(1)), match.group("double"), flags=re.DOTALL)
+        env[match.group("name")] = match.group("bare").strip() if value is None else value
+    return env
+
+
+# ---------------------------------------------------------------------------------------------
+# Logging
+# ---------------------------------------------------------------------------------------------
+
+log = logging.getLogger("replicas-engine")
+log.propagate = False
+logging._srcfile = None             # "Optimization" in Python's logging HOWTO: no caller look-up
+
+
+class StderrHandler(logging.Handler):
+    """One line a record on standard error, which never blocks the engine.
+
+    Under systemd a line begins with its syslog priority (sd-daemon(3)), elsewhere with the time.
+    When nobody reads the pipe behind standard error, lines are dropped and counted.
+    """
+
+    PRIORITIES = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"))
+
+    def __init__(self, journal):
+        super().__init__()
+        self.journal = journal
+        self.dropped = 0
+        mode = os.fstat(2).st_mode
+        self.may_block = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+    def format(self, record):
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        prefix = self._prefix(record)
+        return prefix + text.replace("\r", " ").replace("\n", "\n" + prefix + "  ") + "\n"
+
+    def _prefix(self, record):
+        if self.journal:
+            return next((p for level, p in self.PRIORITIES if record.levelno >= level), "<7>")
+        return "%s %s " % (timestamp(record.created), record.levelname.lower())
+
+    def emit(self, record):
+        line = self.format(record)
+        if self.dropped:
+            line = "%s(%d lines were dropped: nobody read them)\n%s" % (
+                self._prefix(record), self.dropped, line)
+        # POLLOUT on a pipe promises room for PIPE_BUF bytes, pipe(7): no more is written at once.
+        data = line.encode("utf-8", "backslashreplace")
+        if self.may_block:
+            data = data[:4095] + b"\n" if len(data) > 4096 else data
+        try:
+            if self.may_block and not writable(2):
+                self.dropped += 1
+                return
+            os.write(2, data)
+            self.dropped = 0
+        except OSError:                     # standard error is gone: there is nowhere to say so
+            pass
+
+
+def writable(fd):
+    """Whether a write to the descriptor `fd` would not block."""
+    poll = selectors.PollSelector()
+    poll.register(fd, selectors.EVENT_WRITE)
+    return bool(poll.select(0))
+
+
+def start_logging(env, development):
+    """Log to standard error: everything that matters, and more in development."""
+    log.handlers[:] = [StderrHandler(journal=_is_journal(env.get("JOURNAL_STREAM")))]
+    log.setLevel(logging.DEBUG if development else logging.INFO)
+
+
+def _is_journal(stream):
+    """Whether standard error is the journal's, as systemd.exec(5) says of $JOURNAL_STREAM."""
+    status = os.fstat(2)
+    return stream == "%d:%d" % (status.st_dev, status.st_ino)
+
+
+def timestamp(seconds=None):
+    """`seconds` since 1970 (default: now) in ISO 8601, UTC, with milliseconds and Z."""
+    if seconds is None:
+        seconds = time.time()
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+class HTTPError(Exception):
+    """An answer that isn't what the client wanted: `{"error": error, "details": details, ...}`."""
+
+    def __init__(self, status, error, details=None, headers=(), **keys):
+        super().__init__(status, error, details)
+        self.status = status
+        self.headers = list(headers)
+        self.body = {"error": error}
+        if details is not None:
+            self.body["details"] = details
+        self.body.update(keys)
+
+    def response(self):
+        return json_response(self.body, self.status, self.headers)
+
+
+def bad_parameter(name, problem):
+    """The error for a parameter or key of the request that can't be used."""
+    return HTTPError(400, "Invalid %s" % name, "%s %s" % (name, problem))
+
+
+def unavailable(error, details):
+    """The error for a turn that can't be started now; nothing was."""
+    return HTTPError(503, error, details)
+
+
+# ---------------------------------------------------------------------------------------------
+# Requests and responses
+# ---------------------------------------------------------------------------------------------
+
+def _refuse_constant(name):
+    raise ValueError("%s is not JSON (RFC 8259, section 6)" % name)
+
+
+# Integers are read as floats: nothing here computes with them, and Python 3.11 and newer refuse
+# an int of more than 4,300 digits.  What is passed on is the text, never the value.
+json_text = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
+
+
+def json_bytes(value):
+    """`value` as compact UTF-8 JSON; what UTF-8 can't carry is replaced."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+class Request:
+    """A view of a WSGI environ (PEP 3333) and nothing else."""
+
+    def __init__(self, environ):
+        self.environ = environ
+        self.method = environ["REQUEST_METHOD"]
+        self.path = environ.get("PATH_INFO", "")
+
+    def header(self, name):
+        """The field's value, several lines joined with commas, or None."""
+        return self.environ.get("HTTP_" + name.upper().replace("-", "_"))
+
+    def query(self):
+        """The query's parameters; a parameter given twice is an error."""
+        pairs = urllib.parse.parse_qsl(self.environ.get("QUERY_STRING", ""),
+                                       keep_blank_values=True, max_num_fields=None)
+        query = dict(pairs)
+        if len(query) != len(pairs):
+            raise HTTPError(400, "Invalid query", "a parameter is given more than once")
+        return query
+
+    def body(self, limit):
+        """The whole body.  Raises HTTPError 413 above `limit` bytes, and 400 if it breaks off."""
+        length = self.environ.get("CONTENT_LENGTH") or None
+        too_large = HTTPError(413, "Request body too large",
+                              "the body may have at most %d bytes: see REPLICAS_ENGINE_MAX_BODY"
+                              % limit)
+        if length is None and not self.environ.get("HTTP_TRANSFER_ENCODING"):
+            return b""
+        if length is not None and int(length) > limit:
+            raise too_large
+        try:
+            body = self.environ["wsgi.input"].read(limit + 1 if length is None else int(length))
+        except OSError as error:
+            raise HTTPError(getattr(error, "status", 400), "The request body could not be read",
+                            str(error))
+        if len(body) > limit:
+            raise too_large
+        if length is not None and len(body) < int(length):
+            raise HTTPError(400, "The request body could not be read",
+                            "it ended after %d of %s bytes" % (len(body), length))
+        return body
+
+
+class Response:
+    """A status code, header fields and a body: an iterable of bytes."""
+
+    __slots__ = ("status", "headers", "body")
+
+    def __init__(self, body, status=200, headers=()):
+        self.status = status
+        self.headers = list(headers)
+        self.body = body
+
+
+def json_response(value, status=200, headers=()):
+    body = json_bytes(value)
+    return Response([body], status, [("Content-Type", "application/json"),
+                                     ("Content-Length", str(len(body))), *headers])
+
+
+class ClosingIterator:
+    """An iterator with what must be closed after it, also when it was never started."""
+
+    def __init__(self, iterator, *closers):
+        self.iterator = iterator
+        self.closers = closers
+
+    def __iter__(self):
+        return self.iterator
+
+    def close(self):
+        for close in self.closers:
+            close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Routing
+# ---------------------------------------------------------------------------------------------
+
+class Router:
+    """Which handler answers which path and method.  HEAD goes wherever GET does."""
+
+    def __init__(self, *routes):
+        self.paths = {}
+        for method, path, handler in routes:
+            self.paths.setdefault(path, {})[method] = handler
+            if method == "GET":
+                self.paths[path]["HEAD"] = handler
+
+    def handler(self, method, path):
+        """Raises HTTPError 404 or 405 (RFC 9110, 15.5.5 and 15.5.6)."""
+        methods = self.paths.get(path)
+        if methods is None:
+            raise HTTPError(404, "Not found", "there is nothing at %s" % path)
+        if method not in methods:
+            allowed = ", ".join(sorted(methods))
+            raise HTTPError(405, "Method not allowed", "%s allows %s" % (path, allowed),
+                            [("Allow", allowed)])
+        return methods[method]
+
+
+# ---------------------------------------------------------------------------------------------
+# Secret
+# ---------------------------------------------------------------------------------------------
+
+def check_secret(request, secret):
+    """Raise HTTPError unless `request` carries `secret` (bytes), compared in constant time.
+
+    X-Replicas-Engine-Secret decides where it is given; else `Authorization: Bearer` (RFC 6750).
+    A WSGI server joins a field that was sent twice with a comma, so it can't be right.
+    """
+    if secret is None:
+        raise HTTPError(500, "Server configuration error: REPLICAS_ENGINE_SECRET not set")
+    given = request.header("X-Replicas-Engine-Secret")
+    if not given:
+        scheme, _, token = (request.header("Authorization") or "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else ""
+    if not given:
+        raise HTTPError(401, "Unauthorized: X-Replicas-Engine-Secret header required",
+                        headers=[("WWW-Authenticate", "Bearer")])
+    if not hmac.compare_digest(given.encode("latin-1", "replace"), secret):
+        raise HTTPError(401, "Unauthorized: Invalid secret",
+                        headers=[("WWW-Authenticate", "Bearer")])
+
+
+# ---------------------------------------------------------------------------------------------
+# Turn log and event stream
+# ---------------------------------------------------------------------------------------------
+# A log is a text/event-stream (HTML standard, 9.2) as it goes out, event by event:
+#
+#     : {"turn":7,"started_at":"…","thread_id":"…","mark":"…",…}      the header, a comment
+#
+#     id: 7.1
+#     event: thread.started
+#     data: {"type":"thread.started","thread_id":"…"}
+#
+#     …
+#     id: 7.9
+#     event: done
+#     data: {}
+#
+# An event's data has no line end of its own, so b"\n\nid: 7.5\n" stands in the file just once and
+# finding an event is finding that.  Times aren't written: the file was last modified when its
+# last event was appended.
+
+EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
+EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
+TERMINAL = ("turn.completed", "turn.failed")
+READ_SIZE = 256 * 1024                     # bytes read at once from a pipe or a file
+KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
+CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether the client is there
+
+
+class TurnLog:
+    """The events of one turn in a file: one writer, any number of readers.
+
+    `append` belongs to one thread; everything else may be called from any.  While the disk is
+    full the end of the log is kept in memory, where readers find it too; the writer is expected
+    to take on nothing more until `flush` says that it is written.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.turn_id = int(os.path.basename(path)[:-len(".log")])
+        self.header = {}
+        self.thread_id = None       # the turn's own, else the one that it was meant to resume
+        self.start = 0              # where the first event begins: behind the header
+        self.changed = threading.Condition()    # guards the three below, notified when they change
+        self.size = 0               # bytes, those in memory included
+        self.last = 0               # the number of the last event
+        self.finished = False       # `done` was the last event
+        self._tail = (0, b"")       # bytes in the file, and those that it could not take yet
+        self._fd = None             # open only in the writer
+
+    @classmethod
+    def create(cls, path, header):
+        """A new log with the given header.  Raises OSError, and then leaves no file behind."""
+        turn_log = cls(path)
+        turn_log.header = header
+        turn_log.thread_id = header.get("thread_id")
+        first = b": " + json_bytes(header) + b"\n\n"
+        turn_log.start = turn_log.size = len(first)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        try:
+            if os.write(fd, first) != len(first):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.close(fd)
+            os.unlink(path)
+            raise
+        turn_log._fd = fd
+        turn_log._tail = (len(first), b"")
+        return turn_log
+
+    @classmethod
+    def open(cls, path):
+        """The log at `path` as an engine left it, without the event that it died in.
+
+        Raises ValueError if not even the header is whole: no event of it was ever sent.
+        """
+        turn_log = cls(path)
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.readline()
+            turn_log.start = len(first) + 1
+            if not first.startswith(b": {") or file.read(1) != b"\n":
+                raise ValueError("%s has no header" % path)
+            turn_log.header = json.loads(first[2:].decode())
+            turn_log.thread_id = turn_log.header.get("thread_id")
+            turn_log.size = turn_log.start
+            end = _rfind(file, b"\n\n", size)
+            turn_log.size = max(end + 2, turn_log.start)
+            turn_log._tail = (turn_log.size, b"")
+            if turn_log.size > turn_log.start:
+                turn_log.last, kind, _ = turn_log.events_at_end(1)[-1]
+                turn_log.finished = kind == "done"
+                turn_log._find_thread()
+        return turn_log
+
+    def _find_thread(self):
+        head = self.read(self.start, READ_SIZE).partition(b"\n\n")[0].decode("utf-8", "replace")
+        match = re.search(r'^event: thread\.started\ndata: (.*)', head, re.MULTILINE)
+        if match:
+            self.thread_id = thread_id_of(json.loads(match.group(1))) or self.thread_id
+
+    def reopen(self):
+        """Make this the writer of a log that was found; cuts off the event that broke off."""
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        os.ftruncate(self._fd, self._tail[0])
+
+    def append(self, events, finished=False):
+        """Number, write and publish `events`, pairs of a type and its data (both bytes)."""
+        first = self.last + 1
+        data = b"".join([
+            EVENT % (self.turn_id, number, kind,
+                     text.replace(b"\r", b"\ndata: ") if b"\r" in text else text)
+            for number, (kind, text) in enumerate(events, first)])
+        written, rest = self._tail
+        self._tail = (written, rest + data)
+        self.flush()
+        with self.changed:
+            self.size += len(data)
+            self.last += len(events)
+            self.finished = finished
+            self.changed.notify_all()
+
+    def flush(self):
+        """Write what is still only in memory; False while the file can't take it all."""
+        written, rest = self._tail
+        while rest:
+            try:
+                count = os.write(self._fd, rest)
+            except OSError as error:
+                log.error("turn %d: its log can't be written: %s", self.turn_id, error)
+                return False
+            written, rest = written + count, rest[count:]
+            self._tail = (written, rest)
+        return True
+
+    def sync(self):
+        """Have the disk hold what was written, so that it outlives the machine too."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._fd)
+
+    def close(self):
+        """The writer's end of it; what could not be written stays readable in memory."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def read(self, offset, limit, file=None):
+        """Up to `limit` bytes from `offset` on; b"" at the end of what there is now."""
+        with contextlib.ExitStack() as stack:
+            if file is None:
+                file = stack.enter_context(open(self.path, "rb", buffering=0))
+            written, rest = self._tail
+            if offset < written:
+                return os.pread(file.fileno(), min(limit, written - offset), offset)
+            return rest[offset - written:offset - written + limit]
+
+    def wait(self, offset, timeout):
+        """Wait until there is more than `offset` bytes or the end, `timeout` seconds at most."""
+        with self.changed:
+            if self.size <= offset and not self.finished:
+                self.changed.wait(timeout)
+
+    def offset_after(self, number):
+        """Where the event behind event `number` begins (0: the first), or None: no such event."""
+        with self.changed:
+            size, last = self.size, self.last
+        if number == 0:
+            return self.start
+        if number >= last:
+            return size if number == last else None
+        needle = b"\n\nid: %d.%d\n" % (self.turn_id, number + 1)
+        offset, window = self.start - 2, b""
+        while True:
+            block = self.read(offset, READ_SIZE)
+            window = window[-len(needle):] + block
+            found = window.find(needle)
+            if found >= 0:
+                return offset + len(block) - len(window) + found + 2
+            if not block:
+                raise ValueError("%s has no event %d" % (self.path, number + 1))
+            offset += len(block)
+
+    def events_at_end(self, count):
+        """The last `count` events: (number, type, data) each."""
+        with self.changed:
+            size = self.size
+        events, end = [], size
+        with _LogFile(self) as file:
+            while len(events) < count and end > self.start:
+                begin = max(_rfind(file, b"\n\nid: ", end), self.start - 2) + 2
+                events.insert(0, _parse_event(self._slice(begin, end)))
+                end = begin
+        return events
+
+    def _slice(self, begin, end):
+        data = b""
+        while len(data) < end - begin:
+            data += self.read(begin + len(data), end - begin - len(data))
+        return data
+
+    def summary(self):
+        """What `GET /codex/status` says of the turn."""
+        with self.changed:
+            last, finished = self.last, self.finished
+        modified = timestamp(os.stat(self.path).st_mtime)
+        summary = {"id": self.turn_id, "status": "running",
+                   "started_at": self.header.get("started_at"),
+                   "finished_at": modified if finished else None,
+                   "last_event_at": modified if last else None,
+                   "last_event_id": "%d.%d" % (self.turn_id, last) if last else None,
+                   "usage": None, "error": None}
+        ending = next((e for e in reversed(self.events_at_end(2)) if e[1] in TERMINAL), None)
+        if ending:
+            event = json.loads(ending[2])
+            summary["usage"] = event.get("usage")
+            summary["error"] = event.get("error")
+            if finished:
+                summary["status"] = _outcome(event)
+        return summary
+
+
+class _LogFile:
+    """A log as something to seek and read in, its end in memory included."""
+
+    def __init__(self, turn_log):
+        self.log = turn_log
+        self.position = 0
+
+    def __enter__(self):
+        self.file = open(self.log.path, "rb", buffering=0)
+        return self
+
+    def __exit__(self, *exc_info):
+        self.file.close()
+
+    def seek(self, position):
+        self.position = position
+
+    def read(self, size):
+        return self.log.read(self.position, size, self.file)
+
+
+def _rfind(file, needle, end):
+    """Where `needle` stands last before `end` in the seekable `file`, or -1."""
+    window = b""
+    while end > 0:
+        begin = max(0, end - 64 * 1024)
+        file.seek(begin)
+        window = file.read(end - begin) + window[:len(needle) - 1]
+        found = window.rfind(needle)
+        if found >= 0:
+            return begin + found
+        end = begin
+    return -1
+
+
+def _parse_event(frame):
+    id_line, event_line, *data = frame.rstrip(b"\n").split(b"\n")
+    text = b"\n".join(line[len(b"data: "):] for line in data)
+    return (int(id_line.rpartition(b".")[2]), event_line[len(b"event: "):].decode(),
+            text.decode("utf-8", "replace"))
+
+
+def _outcome(event):
+    """The `status` of a turn that ended with `event`, turn.completed or turn.failed."""
+    if event["type"] == "turn.completed":
+        return "completed"
+    error = event.get("error")
+    interrupted = isinstance(error, dict) and error.get("code") == "interrupted"
+    return "interrupted" if interrupted else "failed"
+
+
+def failure(message, code):
+    """The events that end a turn which Codex didn't end, in the form that Codex gives them."""
+    return [(b"error", json_bytes({"type": "error", "message": message})),
+            (b"turn.failed", json_bytes({"type": "turn.failed",
+                                         "error": {"message": message, "code": code}}))]
+
+
+DONE = (b"done", b"{}")
+
+
+class EventStream:
+    """A WSGI body: a log's bytes from `offset` on, live until the turn is done.
+
+    It yields b"" at least every CLIENT_CHECK_INTERVAL seconds while it waits, so that a server
+    can look after its client, and a comment every KEEP_ALIVE_INTERVAL seconds, the first at once
+    when there is nothing to send yet: that brings the response's head to the client.
+    """
+
+    keep_alive = b": keep-alive\n\n"
+
+    def __init__(self, turn_log, offset):
+        self.log = turn_log
+        self.offset = offset
+        self.next_comment = 0.0
+        self.file = open(turn_log.path, "rb", buffering=0)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        data = self._read()
+        if data is None:
+            self.log.wait(self.offset, CLIENT_CHECK_INTERVAL)
+            data = self._read()
+        now = time.monotonic()
+        if data:
+            self.next_comment = now + KEEP_ALIVE_INTERVAL
+            return data
+        if now >= self.next_comment:
+            self.next_comment = now + KEEP_ALIVE_INTERVAL
+            return self.keep_alive
+        return b""
+
+    def _read(self):
+        """What there is to send, or None if there is nothing yet."""
+        finished = self.log.finished                # looked at first: no event comes after it
+        data = self.log.read(self.offset, READ_SIZE, self.file)
+        if not data:
+            if finished:
+                raise StopIteration
+            return None if self.next_comment else b""
+        self.offset += len(data)
+        return data
+
+    def close(self):
+        self.file.close()
+
+
+def thread_id_of(event):
+    """The thread id that a thread.started event names, or None if it names none fit for use."""
+    thread_id = event.get("thread_id")
+    if isinstance(thread_id, str) and re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", thread_id):
+        return thread_id
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------
+# Which processes are a turn's?  Codex gives every command a session of its own (0.98 and newer)
+# or none (0.50), and whatever loses its parent leaves the tree, so neither process group nor tree
+# tells.  Two things do: an environment variable that every descendant inherits, and that the
+# engine is the subreaper of its descendants (prctl(2)), so that orphans become its children.
+
+MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36     # <linux/prctl.h>
+INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its ending down
+TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
+KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
+PROCESS_POLL = 0.02                        # seconds between two looks at the process table
+
+_starting = threading.Lock()               # a child of ours is started and known, or orphans reaped
+_own_children = set()                      # pids that somebody else waits for; guarded by it
+
+
+def prctl(option, value):
+    """prctl(2); False where the system has no such option."""
+    try:
+        return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+class Child(subprocess.Popen):
+    """A process that the engine started and waits for; nobody else may reap it."""
+
+    def wait(self, timeout=None):
+        status = super().wait(timeout)
+        _own_children.discard(self.pid)
+        return status
+
+
+def start_process(argv, **options):
+    """Start a Child in a session of its own.  Raises OSError and ValueError as Popen does."""
+    with _starting:
+        child = Child(argv, start_new_session=True, **options)
+        _own_children.add(child.pid)
+    return child
+
+
+def reap_orphans():
+    """Wait for the dead among the processes that became ours because we are their subreaper."""
+    with _starting:
+        for pid, process in process_table().items():
+            if process.state == b"Z" and process.parent == os.getpid() and pid not in _own_children:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
+
+Process = collections.namedtuple("Process", "parent state started")
+
+
+def process_table():
+    """{pid: Process} of all that run, from /proc/<pid>/stat (proc(5)); `started` tells two
+    processes apart that had the same pid: clock ticks since the machine's boot."""
+    table = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            line = _read_proc(name, "stat")
+            if line:
+                fields = line[line.rindex(b")") + 2:].split()
+                table[int(name)] = Process(int(fields[1]), fields[0], int(fields[19]))
+    return table
+
+
+def _read_proc(pid, name):
+    try:
+        with open("/proc/%s/%s" % (pid, name), "rb", buffering=0) as file:
+            return file.read(1024 * 1024)
+    except OSError:
+        return b""                          # gone, or not ours to look into
+
+
+def mark_of(pid):
+    """The mark in the environment with which a process was started, or None."""
+    variable = b"\0" + MARK.encode() + b"="
+    _, found, rest = (b"\0" + _read_proc(pid, "environ")).partition(variable)
+    return rest.partition(b"\0")[0].decode("ascii", "replace") if found else None
+
+
+def unmarked_orphans(table):
+    """(pid, started) of our children that carry no mark: orphans that dropped the environment."""
+    return {(pid, process.started) for pid, process in table.items()
+            if process.parent == os.getpid() and pid not in _own_children and mark_of(pid) is None}
+
+
+class TurnProcesses:
+    """Everything that one turn started, in whatever process group or session it sits.
+
+    `mark` is the turn's, `codex` the pid of its Codex, and `earlier` are the unmarked orphans that
+    were there before it; the last two are None if an earlier engine started the turn.
+    """
+
+    def __init__(self, mark, earlier=None, codex=None):
+        self.mark = mark
+        self.codex = codex
+        self.earlier = earlier
+        self.seen = set()                   # (pid, started): once a turn's, always that turn's
+
+    def find(self):
+        """The turn's living processes: {pid: parent}."""
+        with _starting:                     # or a child of ours that has no mark yet looks like one
+            table = process_table()
+            orphans = set() if self.earlier is None else unmarked_orphans(table) - self.earlier
+        found = {pid for pid, process in table.items()
+                 if (pid, process.started) in self.seen | orphans or mark_of(pid) == self.mark}
+        children = collections.defaultdict(list)
+        for pid, process in table.items():
+            children[process.parent].append(pid)
+        unvisited = list(found)
+        while unvisited:
+            new = set(children[unvisited.pop()]) - found
+            found |= new
+            unvisited += new
+        found = {pid for pid in found if table[pid].state not in b"ZX"}
+        self.seen |= {(pid, table[pid].started) for pid in found}
+        return {pid: table[pid].parent for pid in found}
+
+    def stop(self):
+        """Stop them all, politely first; returns when none is left.
+
+        SIGINT goes to Codex alone, which (0.98 and newer) ends its command and notes in the
+        rollout that the turn was aborted; then SIGTERM and at last SIGKILL go to whatever is left.
+        """
+        processes = self.find()
+        top = {pid for pid, parent in processes.items() if parent not in processes}
+        if self.codex is not None:
+            top &= {self.codex}
+        self._signal(top, signal.SIGINT)
+        self._wait(lambda: not top & set(self.find()), INTERRUPT_PATIENCE)
+        self._signal(self.find(), signal.SIGTERM)
+        if self._wait(lambda: not self.find(), TERMINATE_PATIENCE):
+            return
+        if not self._wait(self._kill, KILL_PATIENCE):
+            log.error("these processes of the turn can't be killed: %s", sorted(self.find()))
+
+    def _kill(self):
+        processes = self.find()
+        self._signal(processes, signal.SIGKILL)
+        return not processes
+
+    @staticmethod
+    def _signal(pids, number):
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+            except PermissionError:
+                log.warning("process %d belongs to somebody else and can't be stopped", pid)
+
+    @staticmethod
+    def _wait(condition, patience):
+        """Look at the process table until `condition()` or for `patience` seconds.  Nothing tells
+        when a process that is not our child has ended, so this polls."""
+        pause, deadline = threading.Event(), time.monotonic() + patience
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            pause.wait(PROCESS_POLL)
+            reap_orphans()
+        return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Rollouts
+# ---------------------------------------------------------------------------------------------
+# Codex keeps a thread in $CODEX_HOME/sessions/YYYY/MM/DD/rollout-<local time>-<thread id>.jsonl,
+# or later in archived_sessions/, and may compress it to ….jsonl.zst (Codex 0.169).
+
+class Rollouts:
+    """Finds the threads' rollout files under `codex_home`, and finds them again when moved."""
+
+    def __init__(self, codex_home):
+        self.sessions = os.path.join(codex_home, "sessions")
+        self.archive = os.path.join(codex_home, "archived_sessions")
+        self._found = (None, None)              # (thread id, path) of the last one
+
+    def find(self, thread_id):
+        """The path of the thread's rollout, or None."""
+        found_id, path = self._found
+        if found_id == thread_id and os.path.isfile(path):
+            return path
+        name = re.compile(r"rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl(\.zst)?"
+                          % re.escape(thread_id))
+        for folder in self._folders(thread_id):
+            matches = [entry for entry in _list(folder) if name.fullmatch(entry)]
+            for match in sorted(matches, key=len):      # the plain one first
+                path = os.path.join(folder, match)
+                if os.path.isfile(path):
+                    self._found = (thread_id, path)
+                    return path
+        return None
+
+    def _folders(self, thread_id):
+        """Every folder in which the rollout may be, the likely ones first."""
+        likely = [os.path.join(self.sessions, day) for day in _likely_days(thread_id)]
+        yield from likely
+        yield self.archive
+        for year in sorted(_list(self.sessions), reverse=True):
+            for month in sorted(_list(os.path.join(self.sessions, year)), reverse=True):
+                base = os.path.join(self.sessions, year, month)
+                for day in sorted(_list(base), reverse=True):
+                    yield os.path.join(base, day)
+
+
+def _list(folder):
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _likely_days(thread_id):
+    """The folders of the day on which the thread began, and of its neighbours.
+
+    A UUIDv7 begins with its creation time in ms (RFC 9562, 5.7).  The folder is named in the
+    local time of whoever created it, which was perhaps not the time zone of today.
+    """
+    try:
+        identifier = uuid.UUID(thread_id)
+    except ValueError:
+        return []
+    seconds = (identifier.int >> 80) / 1000
+    days = [time.localtime(seconds + shift * 86400) for shift in (0, -1, 1)]
+    return ["%04d/%02d/%02d" % day[:3] for day in days]
+
+
+class RolloutReader:
+    """The lines of one rollout, read from any place on, in memory that doesn't grow with it.
+
+    Places are offsets in bytes in the uncompressed text.  `end` is how far the file reached when
+    it was opened (None: compressed, so the end is where it ends).  Raises OSError.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self._open()
+
+    def _open(self):
+        self.position = 0
+        self.end = None
+        self._process = None
+        if self.path.endswith(".zst"):
+            self.file = self._decompress()
+        else:
+            self.file = open(self.path, "rb", buffering=0)
+            self.end = os.fstat(self.file.fileno()).st_size
+
+    def _decompress(self):
+        try:
+            from compression import zstd                # Python 3.14 and newer
+            return zstd.open(self.path, "rb")
+        except ImportError:
+            pass
+        program = shutil.which("zstd")
+        if program is None:
+            raise HTTPError(500, "The rollout is compressed",
+                            "%s: install the program zstd (apt-get install zstd) to read it"
+                            % self.path)
+        self._process = start_process([program, "-dcq", self.path], stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                      env={**os.environ, MARK: "engine"})
+        return self._process.stdout
+
+    def close(self):
+        self.file.close()
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+
+    def seek(self, offset):
+        """Go to `offset`; False if no line begins there."""
+        if offset == 0:
+            return True
+        if self.end is not None:
+            if offset > self.end:
+                return False
+            self.position = offset
+            return os.pread(self.file.fileno(), 1, offset - 1) == b"\n"
+        last = b""
+        while self.position < offset:
+            last = self._read(min(READ_SIZE, offset - self.position))
+            if not last:
+                return False
+        return last.endswith(b"\n")
+
+    def _read(self, size):
+        if self.end is None:
+            data = self.file.read(size)
+        else:
+            data = os.pread(self.file.fileno(), min(size, self.end - self.position), self.position)
+        self.position += len(data)
+        return data
+
+    def blocks(self):
+        """Lists of whole lines, without their LF, from here on; at the end comes what the last
+        line has of its LF: nothing, so it is left out."""
+        pieces = []
+        while True:
+            data = self._read(READ_SIZE)
+            if not data:
+                return
+            head, newline, rest = data.rpartition(b"\n")
+            if newline:
+                yield (b"".join(pieces) + head).split(b"\n")
+                pieces = [rest]
+            else:
+                pieces.append(data)
+
+    def tail(self, count):
+        """Where the last `count` lines of JSON begin."""
+        if self.end is not None:
+            return self._tail_backwards(count)
+        offsets, end = collections.deque(maxlen=count), 0
+        for lines in self.blocks():
+            for line in lines:
+                if is_json(line):
+                    offsets.append(end)
+                end += len(line) + 1
+        self.close()
+        self._open()
+        return offsets[0] if offsets else end
+
+    def _tail_backwards(self, count):
+        done = begin = _rfind(self.file, b"\n", self.end) + 1     # the lines from `done` on are seen
+        while count and begin:
+            begin = max(0, begin - max(READ_SIZE, done - begin))    # doubles over a long line
+            self.position = begin
+            lines = self._read(done - begin)[:-1].split(b"\n")
+            for line in reversed(lines[1:] if begin else lines):
+                done -= len(line) + 1
+                count -= is_json(line)
+                if not count:
+                    break
+        self.position = 0
+        return done
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def strip_line(line):
+    """A line's JSON text: without the CR of a CRLF, a byte order mark and blanks around it."""
+    return (line[3:] if line.startswith(BOM) else line).strip(b" \t\r")
+
+
+def is_json(line):
+    """Whether a line is JSON (RFC 8259); a blank one is not."""
+    line = strip_line(line)
+    try:
+        json_text.decode(line.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+class HistoryPage:
+    """A WSGI body's iterator: the answer of `GET /codex/history` in pieces.
+
+    `limit` is the largest number of lines, or None.
+    """
+
+    def __init__(self, thread_id, reader, limit):
+        self.thread_id = thread_id
+        self.reader = reader
+        self.limit = limit
+
+    def __iter__(self):
+        yield b'{"thread_id":%b,"events":[' % json_bytes(self.thread_id)
+        position, left, more, comma = self.reader.position, self.limit, False, b""
+        for lines in self.reader.blocks():
+            size = sum(map(len, lines)) + len(lines)
+            lines, used, more = self._page(lines, left)
+            if lines:
+                yield comma + b",".join(lines)
+                comma = b","
+            if left is not None:
+                left -= len(lines)
+            position += size if not more else used
+            if more:
+                break
+        tail = {"cursor": "%s.%d" % (self.thread_id, position)}
+        if more:
+            tail["has_more"] = True
+        yield b"]," + json_bytes(tail)[1:]
+
+    @staticmethod
+    def _page(lines, left):
+        """The lines of JSON among `lines`, `left` at most; the bytes that they and what lies
+        between them take; whether there are more of them."""
+        if left is None:
+            return [strip_line(line) for line in lines if is_json(line)], 0, False
+        page, used = [], 0
+        for line in lines:
+            if is_json(line):
+                if len(page) == left:
+                    return page, used, True
+                page.append(strip_line(line))
+            used += len(line) + 1
+        return page, used, False
+
+
+def compress(pieces):
+    """The bytes of the iterable `pieces` in gzip's format (RFC 1952), as a generator."""
+    gzip = zlib.compressobj(1, zlib.DEFLATED, 31)
+    for piece in pieces:
+        data = gzip.compress(piece)
+        if data:
+            yield data
+    yield gzip.flush()
+
+
+def accepts_gzip(request):
+    """RFC 9110, 12.5.3: whether Accept-Encoding names gzip (or *) with a weight above 0."""
+    weights = {}
+    for item in (request.header("Accept-Encoding") or "").split(","):
+        coding, _, parameter = item.partition(";")
+        weight = re.fullmatch(r"\s*q=([01](?:\.[0-9]{0,3})?)\s*", parameter, re.IGNORECASE)
+        weights[coding.strip().lower()] = float(weight.group(1)) if weight else 1.0
+    return weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Codex: finding it, its arguments, its environment
+# ---------------------------------------------------------------------------------------------
+
+# systemd.exec(5), "Environment Variables Set on Processes", and sd_notify(3), sd_listen_fds(3)
+SYSTEMD_VARIABLES = frozenset("""
+    CACHE_DIRECTORY CONFIGURATION_DIRECTORY CREDENTIALS_DIRECTORY EXIT_CODE EXIT_STATUS FDSTORE
+    INVOCATION_ID JOURNAL_STREAM LISTEN_FDNAMES LISTEN_FDS LISTEN_PID LISTEN_PIDFDID
+    LOGS_DIRECTORY MAINPID MANAGERPID MANAGERPIDFDID MEMORY_PRESSURE_WATCH MEMORY_PRESSURE_WRITE
+    MONITOR_EXIT_CODE MONITOR_EXIT_STATUS MONITOR_INVOCATION_ID MONITOR_SERVICE_RESULT
+    MONITOR_UNIT NOTIFY_SOCKET PIDFILE REMOTE_ADDR REMOTE_PORT RUNTIME_DIRECTORY SERVICE_RESULT
+    STATE_DIRECTORY SYSTEMD_EXEC_PID TRIGGER_PATH TRIGGER_TIMER_MONOTONIC_USEC
+    TRIGGER_TIMER_REALTIME_USEC TRIGGER_UNIT WATCHDOG_PID WATCHDOG_USEC""".split())
+LISTENING_VARIABLES = frozenset(("HOST", "PORT"))   # the engine's: an agent's server wants its own
+
+# Where npm, and what manages Node versions, put the programs of globally installed packages.
+GLOBAL_PLACES = ("/usr/local/bin", "/usr/bin", "~/.npm-global/bin", "~/.local/bin", "~/.volta/bin",
+                 "~/.bun/bin", "~/.local/share/pnpm", "/opt/nodejs/bin", "/snap/bin")
+NODE_VERSIONS = ("~/.nvm/versions/node", "~/.local/share/fnm/node-versions", "/usr/local/n/versions")
+
+PLATFORMS = {"x86_64": ("x86_64-unknown-linux-musl", "codex-linux-x64"),
+             "aarch64": ("aarch64-unknown-linux-musl", "codex-linux-arm64")}
+
+HOW_TO_INSTALL = ("install it with `npm install -g @openai/codex`, "
+                  "or set CODEX_PATH to the program")
+
+
+class Codex:
+    """A Codex CLI: `program` to run, and a folder for its PATH, or None."""
+
+    def __init__(self, program, path=None):
+        self.program = program
+        self.path = path
+
+
+class CodexFinder:
+    """Finds the Codex CLI anew whenever it is asked, and remembers versions by the file."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self._versions = {}
+
+    def find(self):
+        """The Codex to run.  Raises HTTPError 503 with what to do."""
+        chosen = self.settings.codex_path
+        if chosen and not _is_program(chosen):
+            raise unavailable("Codex CLI not found",
+                              "CODEX_PATH=%s is not an executable file" % chosen)
+        program = chosen or shutil.which("codex", path=self.settings.env.get("PATH", os.defpath))
+        program = program or next(filter(_is_program, self._global_places()), None)
+        if program is None:
+            raise unavailable("Codex CLI not found", HOW_TO_INSTALL)
+        return native_codex(os.path.realpath(program)) or Codex(program)
+
+    def _global_places(self):
+        for folder in GLOBAL_PLACES:
+            yield os.path.join(self._expand(folder), "codex")
+        for folder in map(self._expand, NODE_VERSIONS):
+            for version in sorted(_list(folder), reverse=True):
+                yield os.path.join(folder, version, "bin", "codex")
+                yield os.path.join(folder, version, "installation", "bin", "codex")
+
+    def _expand(self, folder):
+        return self.settings.home + folder[1:] if folder.startswith("~") else folder
+
+    def version(self, codex):
+        """What `codex --version` says, such as "0.169.0", or None if it doesn't."""
+        try:
+            status = os.stat(codex.program)
+            identity = (codex.program, status.st_ino, status.st_size, status.st_mtime_ns)
+            if identity not in self._versions:
+                self._versions = {identity: self._ask_version(codex)}
+            return self._versions[identity]
+        except OSError:
+            return None
+
+    def _ask_version(self, codex):
+        child = start_process([codex.program, "--version"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              env=codex_environment(self.settings, codex, "engine"))
+        try:
+            output = child.communicate(timeout=10)[0]
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            return None
+        match = re.search(rb"[0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Za-z]*", output)
+        return match.group().decode() if match else None
+
+
+def _is_program(path):
+    return os.path.isfile(path) and os.access(path, os.X_OK)
+
+
+def native_codex(program):
+    """The native binary behind npm's wrapper script `program` (a real path), or None.
+
+    The wrapper is a Node script that costs 44 MB a turn and, killed, orphans the real process.
+    Up to 0.98 the binary lies in the package itself, later in an optional dependency.
+    """
+    triple, dependency = PLATFORMS.get(os.uname().machine, (None, None))
+    package = os.path.dirname(os.path.dirname(program))
+    if triple is None or not program.endswith(".js"):
+        return None
+    vendors, folder = [os.path.join(package, "vendor")], package
+    while folder != os.path.dirname(folder):            # as Node resolves a package's dependency
+        vendors.append(os.path.join(folder, "node_modules", "@openai", dependency, "vendor"))
+        folder = os.path.dirname(folder)
+    for vendor in vendors:
+        for binary, path in (("bin/codex", "codex-path"), ("codex/codex", "path")):
+            native = os.path.join(vendor, triple, binary)
+            if _is_program(native):
+                return Codex(native, os.path.join(vendor, triple, path))
+    return None
+
+
+def codex_environment(settings, codex, mark):
+    """The environment for a Codex process: ours without what is the engine's or systemd's.
+
+    CODEX_API_KEY is the only variable with a key that Codex reads (0.50 to 0.169).
+    """
+    own = SYSTEMD_VARIABLES | LISTENING_VARIABLES
+    env = {name: value for name, value in settings.env.items()
+           if name not in own and not name.startswith("REPLICAS_ENGINE_")}
+    if "OPENAI_API_KEY" in env:
+        env.setdefault("CODEX_API_KEY", env["OPENAI_API_KEY"])
+    env["CODEX_HOME"] = settings.codex_home
+    env["HOME"] = settings.home
+    env[MARK] = mark
+    if codex.path:
+        env["PATH"] = codex.path + os.pathsep + env.get("PATH", os.defpath)
+    return env
+
+
+def codex_arguments(settings, codex, options, thread_id):
+    """The command line of a turn: every option goes before `resume`, an image behind it."""
+    arguments = [codex.program, "exec", "--json", "--skip-git-repo-check",
+                 "--cd", settings.workspace]
+    url = settings.env.get("OPENAI_BASE_URL")
+    if url:                                 # 0.50 and 0.98 take the variable, 0.169 only this
+        arguments += config_argument("openai_base_url", url)
+    resume = ["resume", thread_id] if thread_id else []
+    return arguments + options.arguments + resume + options.images
+
+
+def config_argument(key, value):
+    """`--config key=value` with `value`, a string or a boolean, quoted as TOML."""
+    return ["--config", "%s=%s" % (key, json.dumps(value, ensure_ascii=False)
+                                   .replace("\x7f", "\\u007f"))]
+
+
+# ---------------------------------------------------------------------------------------------
+# Turn options
+# ---------------------------------------------------------------------------------------------
+# What POST /codex/send takes beside the message.  A check gets the value and the settings and
+# returns what goes to Codex, or raises ValueError with what is wrong with the value.
+
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+IMAGE_TYPES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"),
+               (rb"GIF8[79]a", "gif"), (rb"RIFF....WEBP", "webp"))
+
+
+class TurnFile:
+    """Something that Codex takes as a file only: it is there while its turn runs."""
+
+    def __init__(self, name, data):
+        self.name = name
+        self.data = data
+
+
+def _name(value, settings):
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    problem = not_a_name(value)
+    if problem:
+        raise ValueError(problem)
+    return value
+
+
+def _one_of(*values):
+    def check(value, settings):
+        if value not in values or not isinstance(value, str):
+            raise ValueError("must be one of %s" % ", ".join(values))
+        return value
+    return check
+
+
+def _boolean(value, settings):
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _schema(value, settings):
+    if not isinstance(value, dict):
+        raise ValueError("must be an object: a JSON Schema")
+    return TurnFile("schema.json", json_bytes(value))
+
+
+def _images(value, settings):
+    if not isinstance(value, list) or not all(isinstance(image, str) for image in value):
+        raise ValueError("must be a list of paths and data: URLs")
+    files = []
+    for number, image in enumerate(value, 1):
+        try:
+            data = (_image_of_url if image.startswith("data:") else _image_of_path)(image, settings)
+            kind = next((kind for pattern, kind in IMAGE_TYPES
+                         if re.match(pattern, data, re.DOTALL)), None)
+            if kind is None:
+                raise ValueError("is no PNG, JPEG, GIF or WebP image")
+        except (ValueError, OSError) as error:
+            raise ValueError("number %d %s" % (number, getattr(error, "strerror", None) or error))
+        files.append(TurnFile("image-%d.%s" % (number, kind), data))
+    return files
+
+
+def _image_of_url(url, settings):
+    head, comma, data = url.partition(",")
+    if not comma or not re.fullmatch(r"data:image/[a-z0-9.+-]+;base64", head, re.IGNORECASE):
+        raise ValueError("must begin with data:image/<type>;base64,")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("is not base64 (RFC 4648, 4)") from None
+
+
+def _image_of_path(path, settings):
+    if "\0" in path or not path:
+        raise ValueError("is no path")
+    workspace = os.path.realpath(settings.workspace)
+    real = os.path.realpath(os.path.join(workspace, path))
+    if os.path.commonpath((workspace, real)) != workspace:
+        raise ValueError("lies outside the workspace")
+    with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is not a regular file")
+        if status.st_size > settings.max_body:
+            raise ValueError("is larger than %d bytes" % settings.max_body)
+        return file.read()
+
+
+def _web_search(value):
+    # 0.50 knows tools.web_search; newer versions know web_search, and pass over the other one.
+    return (config_argument("tools.web_search", value)
+            + config_argument("web_search", "live" if value else "disabled"))
+
+
+TurnOption = collections.namedtuple("TurnOption", "key check arguments")
+TURN_OPTIONS = (
+    TurnOption("model", _name, lambda model: ["--model=" + model]),
+    TurnOption("reasoning_effort", _one_of(*REASONING_EFFORTS),
+               lambda effort: config_argument("model_reasoning_effort", effort)),
+    TurnOption("sandbox_mode", _one_of(*SANDBOX_MODES), lambda mode: ["--sandbox", mode]),
+    TurnOption("network_access", _boolean,
+               lambda on: config_argument("sandbox_workspace_write.network_access", on)),
+    TurnOption("web_search", _boolean, _web_search),
+    TurnOption("output_schema", _schema, lambda file: ["--output-schema", file]),
+    TurnOption("images", _images, lambda files: [word for file in files
+                                                 for word in ("--image", file)]),
+)
+
+
+class TurnOptions:
+    """The options of one turn as Codex's arguments, TurnFiles still among them.
+
+    Raises HTTPError 400 that names the key whose value can't be used.
+    """
+
+    def __init__(self, body, settings):
+        defaults = {"model": settings.model, "sandbox_mode": settings.sandbox}
+        self.arguments, self.images = [], []
+        for key, check, arguments in TURN_OPTIONS:
+            value = body.get(key, defaults.get(key))
+            if value is None and (key not in body):
+                continue
+            try:
+                words = arguments(check(value, settings))
+            except ValueError as error:
+                raise bad_parameter(key, str(error)) from None
+            (self.images if key == "images" else self.arguments).extend(words)
+
+    def with_files(self, folder):
+        """The same options with every TurnFile written to `folder`, which is made if need be."""
+        written = TurnOptions.__new__(TurnOptions)
+        written.arguments = [_write_turn_file(word, folder) for word in self.arguments]
+        written.images = [_write_turn_file(word, folder) for word in self.images]
+        return written
+
+
+def _write_turn_file(word, folder):
+    if not isinstance(word, TurnFile):
+        return word
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    path = os.path.join(folder, word.name)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(word.data)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# Turn and CodexRunner
+# ---------------------------------------------------------------------------------------------
+
+EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
+DISK_PATIENCE = 1.0                        # seconds between two tries to write to a full disk
+MAX_LINE = 256 * 1024 * 1024               # bytes of a line that is still taken for an event
+STDERR_TAIL = 8 * 1024                     # bytes of Codex's stderr that are kept
+MAX_FAILURE = 2000                         # characters of a turn.failed's message
+LOGGED_SKIPS = 5                           # skipped lines of a turn that get a log line each
+KEPT_TURNS = 100
+KEPT_BYTES = 256 * 1024 * 1024
+
+STOP_MESSAGES = {
+    "interrupted": "The turn was interrupted",
+    "stalled": "The turn stalled: Codex printed nothing for %d seconds and had no item in progress",
+    "timeout": "The turn took longer than %d seconds",
+    "shutdown": "The engine was shut down during the turn",
+    "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
+}
+UNKNOWN_THREAD = re.compile(rb"no rollout found|(thread|session|conversation)[^\n]{0,99} not found",
+                            re.IGNORECASE)
+
+
+class Turn:
+    """One message to Codex and all that comes of it: a `codex exec`, run and read by one thread.
+
+    A turn is over when Codex has exited and its log is finished.  `ready` is set once Codex was
+    started, or could not be (then `problem` is the HTTPError), and `over` at the end.
+    """
+
+    def __init__(self, runner, turn_id, thread_id, message, options, codex):
+        self.runner = runner
+        self.settings = runner.settings
+        self.id = turn_id
+        self.thread_id = thread_id          # the one to resume, or None
+        self.message = message
+        self.options = options
+        self.codex = codex
+        self.mark = uuid.uuid4().hex
+        self.log = None
+        self.terminal = None                # the type of the event with which Codex ended it
+        self.problem = None
+        self.ready = threading.Event()
+        self.over = threading.Event()
+        self.forgotten = False              # by a reset; guarded by the runner's lock
+        self.stop_code = None               # why it is being stopped; guarded by the runner's lock
+        # A byte in this pipe wakes the turn's thread.  Files, and not descriptors, since a stop may
+        # come when the turn is over: they are closed with the last reference to the turn.
+        out, into = os.pipe()
+        self._wake_out, self._wake_in = open(out, "rb", buffering=0), open(into, "wb", buffering=0)
+
+    def wake(self):
+        """From any thread: look at what has changed."""
+        self._wake_in.write(b"!")
+
+    # Everything below belongs to the turn's own thread.
+
+    def run(self):
+        """The turn from its start to its end."""
+        try:
+            self._start()
+        except (OSError, ValueError, HTTPError) as error:
+            self.problem = error if isinstance(error, HTTPError) else unavailable(
+                "Codex can't be started", "%s: %s" % (self.codex.program, error))
+            self._leave()
+            self.runner.not_started(self)
+            self.ready.set()
+            self.over.set()
+            return
+        self.ready.set()
+        try:
+            self._relay()
+            if self._is_thread_unknown():
+                log.warning("turn %d: Codex doesn't know thread %s any more: the message goes to a "
+                            "new one", self.id, self.thread_id)
+                self._launch(None)
+                self._relay()
+        except Exception:                   # a bug, but no reason to leave Codex running
+            log.exception("turn %d: the engine failed", self.id)
+            self.processes.stop()
+        self._end()
+
+    def _start(self):
+        header = {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
+                  "mark": self.mark, **self.runner.key_of(self.id)}
+        self.log = self.runner.create_log(self.id, header)
+        self.folder = self.log.path[:-len(".log")] + ".files"
+        self.options = self.options.with_files(self.folder)
+        self._launch(self.thread_id)
+        log.info("turn %d started: %s, codex pid %d", self.id,
+                 "thread %s" % self.thread_id if self.thread_id else "new thread", self.child.pid)
+        self.log.sync()
+        self.processes.earlier = unmarked_orphans(process_table())
+
+    def _launch(self, thread_id):
+        """Start Codex on the thread, or on a new one."""
+        self.started = self.last_event = time.monotonic()
+        self.items = set()                  # ids of the items in progress
+        self.partial = []                   # pieces of a line whose end is still to come
+        self.skipped = 0
+        self.stderr = b""
+        self.stopper = None
+        self.stopped = False
+        self.prompt = memoryview(_well_formed(self.message).encode())
+        self.child = start_process(
+            codex_arguments(self.settings, self.codex, self.options, thread_id),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+            cwd=self.settings.workspace,
+            env=codex_environment(self.settings, self.codex, self.mark))
+        self.processes = TurnProcesses(self.mark, codex=self.child.pid)
+        threading.Thread(target=self._await_exit, args=(self.child,), daemon=True).start()
+
+    def _await_exit(self, child):
+        child.wait()
+        self.wake()
+
+    def _relay(self):
+        """Feed Codex its prompt and read what it prints, until it has exited or was stopped."""
+        child, reading = self.child, True
+        with selectors.DefaultSelector() as selector:
+            for stream in (child.stdin, child.stdout, child.stderr):
+                os.set_blocking(stream.fileno(), False)
+            selector.register(self._wake_out, selectors.EVENT_READ, self._woken)
+            selector.register(child.stdin, selectors.EVENT_WRITE, self._write_prompt)
+            selector.register(child.stdout, selectors.EVENT_READ, self._read_stdout)
+            selector.register(child.stderr, selectors.EVENT_READ, self._read_stderr)
+            while child.returncode is None and not self.stopped:
+                for key, _ in selector.select(self._next_look(reading)):
+                    if not key.data():
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()
+                reading = self._hold_back(selector, reading)
+        for stream, read in ((child.stdout, self._read_stdout), (child.stderr, self._read_stderr)):
+            self._drain(stream, read)
+        child.stdin.close()
+        if self.stopper:
+            self.stopper.join()
+
+    def _hold_back(self, selector, reading):
+        """While the disk is full nothing is read, so that Codex waits and memory doesn't fill."""
+        stdout, writable = self.child.stdout, self.log.flush()
+        if not stdout.closed and writable != reading:
+            if writable:
+                selector.register(stdout, selectors.EVENT_READ, self._read_stdout)
+            else:
+                selector.unregister(stdout)
+            return writable
+        return reading
+
+    @staticmethod
+    def _drain(stream, read):
+        """Read what is in the pipe, and no more: a process that Codex left may hold it open."""
+        with selectors.PollSelector() as selector:
+            if not stream.closed:
+                selector.register(stream, selectors.EVENT_READ)
+            for _ in range(64):             # reads of 16 KiB make the largest pipe, 1 MiB: pipe(7)
+                if stream.closed or not selector.select(0) or not read():
+                    break
+        stream.close()
+
+    def _woken(self):
+        os.read(self._wake_out.fileno(), 4096)
+        if self.stop_code and self.stopper is None:
+            self.stopper = threading.Thread(target=self._stop_processes, daemon=True)
+            self.stopper.start()
+        return True
+
+    def _stop_processes(self):
+        """In a thread of its own, since Codex's last words want reading meanwhile."""
+        try:
+            self.processes.stop()
+        finally:
+            self.stopped = True
+            self.wake()
+
+    def _write_prompt(self):
+        try:
+            written = os.write(self.child.stdin.fileno(), self.prompt[:READ_SIZE])
+        except BlockingIOError:
+            return True
+        except OSError:                     # Codex doesn't want it: its exit will tell
+            return False
+        self.prompt = self.prompt[written:]
+        return len(self.prompt) > 0
+
+    def _read_stderr(self):
+        try:
+            data = os.read(self.child.stderr.fileno(), READ_SIZE)
+        except BlockingIOError:
+            return True
+        self.stderr = (self.stderr + data)[-STDERR_TAIL:]
+        return bool(data)
+
+    def _read_stdout(self):
+        try:
+            data = os.read(self.child.stdout.fileno(), READ_SIZE)
+        except BlockingIOError:
+            return True
+        head, newline, rest = data.rpartition(b"\n")
+        if newline:
+            lines = (b"".join(self.partial) + head).split(b"\n")
+            self.partial = [rest]
+            self._publish(lines)
+        else:
+            self.partial.append(data)
+            if sum(map(len, self.partial)) > MAX_LINE:
+                self.partial = [b"(too long) "]
+        return bool(data)
+
+    def _publish(self, lines):
+        events = [event for event in map(self._event, lines) if event]
+        if events:
+            self.last_event = time.monotonic()
+            self.log.append(events)
+
+    def _event(self, line):
+        """The event in a line that Codex printed, its type and text (both bytes), or None."""
+        line = line.strip(b" \t\r")
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            text = line.decode("utf-8", "replace")
+            line = text.encode()
+        try:
+            event = json_text.decode(text)
+            kind = event["type"]
+            fit = EVENT_TYPE.fullmatch(kind) and kind != "done"     # `done` is the engine's own
+        except (ValueError, TypeError, KeyError, RecursionError):
+            fit = None
+        if not fit or self.terminal:
+            self._skip(line)
+            return None
+        if kind in self.EVENTS and not self.EVENTS[kind](self, event):
+            return None
+        return kind.encode(), line
+
+    def _skip(self, line):
+        if line:
+            self.skipped += 1
+            if self.skipped <= LOGGED_SKIPS:
+                log.warning("turn %d: skipped a line of %d bytes that is no event", self.id,
+                            len(line))
+            log.debug("turn %d: skipped %r", self.id, line[:200])
+
+    # What the engine itself learns from an event; a false answer keeps it from the clients.
+
+    def _thread_started(self, event):
+        thread_id = thread_id_of(event)
+        if thread_id is None:
+            log.warning("turn %d: a thread id that is none", self.id)
+        else:
+            self.log.thread_id = thread_id
+            self.runner.thread_started(self, thread_id)
+        return True
+
+    def _item_started(self, event):
+        item = event.get("item")
+        if isinstance(item, dict) and item.get("type") != "todo_list":  # which is no work itself
+            self.items.add(str(item.get("id")))
+        return True
+
+    def _item_completed(self, event):
+        item = event.get("item")
+        if isinstance(item, dict):
+            self.items.discard(str(item.get("id")))
+        return True
+
+    def _turn_ended(self, event):
+        if event["type"] == "turn.failed" and self.stop_code:
+            return False                    # we stop it and say why ourselves
+        self.terminal = event["type"]
+        self.ended = time.monotonic()
+        return True
+
+    EVENTS = {"thread.started": _thread_started, "item.started": _item_started,
+              "item.completed": _item_completed, "turn.completed": _turn_ended,
+              "turn.failed": _turn_ended}
+
+    def _next_look(self, reading):
+        """Seconds until the next deadline, or None; what is past its deadline is stopped."""
+        if self.stopper:
+            return None if reading else DISK_PATIENCE
+        now, deadlines = time.monotonic(), []
+        if self.terminal:
+            deadlines.append((self.ended + EXIT_PATIENCE, None))
+        elif self.settings.turn_timeout:
+            deadlines.append((self.started + self.settings.turn_timeout, "timeout"))
+        if self.settings.idle_timeout and not self.items and not self.terminal and reading:
+            deadlines.append((self.last_event + self.settings.idle_timeout, "stalled"))
+        for deadline, code in deadlines:
+            if now >= deadline:
+                self._too_late(code)
+                return 0 if code else DISK_PATIENCE
+        waits = [deadline - now for deadline, _ in deadlines] + ([] if reading else [DISK_PATIENCE])
+        return min(waits, default=None)
+
+    def _too_late(self, code):
+        if code is None:                    # the turn has ended by itself: what it left may stay
+            log.warning("turn %d: Codex doesn't exit and is killed", self.id)
+            self.child.kill()
+        else:
+            self.runner.stop(self, code)
+
+    def _is_thread_unknown(self):
+        return (self.thread_id and not self.log.last and not self.stop_code
+                and self.child.returncode and UNKNOWN_THREAD.search(self.stderr))
+
+    def _end(self):
+        """Give the log its ending, then let the next turn start, then say so."""
+        try:
+            self._publish([b"".join(self.partial)])     # a last line that has no newline
+            code = self.stop_code or "exited"
+            if not self.terminal:
+                self.log.append(failure(self._failure_message(code), code))
+            self.log.sync()
+            self._leave()
+        finally:
+            self.runner.release()
+            self.log.append([DONE], finished=True)
+            self.runner.close_log(self.log)
+            log.info("turn %d ended: %s, %d events, %.1f s", self.id, self.terminal or code,
+                     self.log.last, time.monotonic() - self.started)
+            self.over.set()
+        reap_orphans()
+        self.runner.prune()
+
+    def _leave(self):
+        """Nothing of the turn stays but its log."""
+        with contextlib.suppress(OSError, AttributeError):
+            shutil.rmtree(self.folder)
+
+    def _failure_message(self, code):
+        if code != "exited":
+            seconds = {"stalled": self.settings.idle_timeout, "timeout": self.settings.turn_timeout}
+            message = STOP_MESSAGES[code]
+            return message % seconds[code] if code in seconds else message
+        status = self.child.returncode
+        if status is None:
+            how = "could not be stopped"
+        elif status < 0:
+            how = "was killed by %s" % _signal_name(-status)
+        else:
+            how = "exited with status %d" % status
+        message = "Codex %s before the turn was completed" % how
+        stderr = self.stderr.decode("utf-8", "replace").replace(
+            "Reading prompt from stdin...", "").strip()
+        if stderr:
+            message += ": " + stderr[-(MAX_FAILURE - len(message) - 2):]
+        return message
+
+
+def _signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal %d" % number
+
+
+def _well_formed(text):
+    """`text` with lone surrogates, which JSON can carry and UTF-8 can't, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class StateInUse(Exception):
+    """Another engine works with the state directory."""
+
+
+class CodexRunner:
+    """The conversation: the thread, the turn in progress, and the turns that were.
+
+    One runner has one state directory and keeps every other engine out of it.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.rollouts = Rollouts(settings.codex_home)
+        self.finder = CodexFinder(settings)
+        self.started_at = timestamp()
+        self.recovered = threading.Event()  # what an earlier engine left is in order
+        self.lock = threading.Lock()        # guards what follows
+        self.thread_id = None
+        self.current = None                 # the Turn in progress, its start and its end included
+        self.latest = 0                     # the id of the newest turn
+        self.logs = {}                      # id -> TurnLog of the turns whose log isn't closed
+        self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
+        self.closing = False
+        self._saving = threading.Lock()     # outside the other: puts the writes into their order
+        self._unsaved = False
+
+    # Starting and ending with the process
+
+    def open(self):
+        """Take the state directory and put in order what was left in it.
+
+        Raises OSError and StateInUse.  Processes of a turn that outlived its engine are stopped
+        in a thread; no turn starts before that is done.
+        """
+        self.turns = os.path.join(self.settings.state, "turns")
+        os.makedirs(self.turns, mode=0o700, exist_ok=True)
+        os.chmod(self.settings.state, 0o700)
+        self._lock_file = open(os.path.join(self.settings.state, "lock"), "a+")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            raise StateInUse("another engine is running with the state directory %s"
+                             % self.settings.state) from None
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self.thread_id = self._load_thread()
+        broken = self._load_turns()
+        threading.Thread(target=self._recover, args=(broken,), daemon=True).start()
+
+    def close(self):
+        """Take no more turns and give the one in progress its ending; what it ran is stopped."""
+        with self.lock:
+            self.closing = True
+        self._stop_current("shutdown")
+        self._save(only_if_due=True)
+        self._lock_file.close()
+
+    def _thread_file(self):
+        return os.path.join(self.settings.state, "thread.json")
+
+    def _load_thread(self):
+        try:
+            with open(self._thread_file(), "rb") as file:
+                return thread_id_of(json.loads(file.read().decode()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError) as error:
+            log.error("%s is passed over: %s", self._thread_file(), error)
+            return None
+
+    def _load_turns(self):
+        """Read the headers of the kept turns; returns the logs of those that were cut short."""
+        broken = []
+        for turn_id in self._kept():
+            path = self.turn_path(turn_id)
+            shutil.rmtree(path[:-len(".log")] + ".files", ignore_errors=True)
+            try:
+                turn_log = TurnLog.open(path)
+            except (OSError, ValueError, KeyError) as error:
+                log.error("%s is passed over: %s", path, error)
+                if isinstance(error, ValueError):
+                    os.replace(path, path + ".broken")
+                continue
+            self.latest = turn_id
+            if turn_log.header.get("key"):
+                self.keys[turn_log.header["key"]] = (turn_id, turn_log.header.get("fingerprint"))
+            if not turn_log.finished:
+                broken.append(turn_log)
+                self.logs[turn_id] = turn_log
+        return broken
+
+    def _recover(self, broken):
+        try:
+            for turn_log in broken:
+                log.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
+                TurnProcesses(turn_log.header.get("mark")).stop()
+                turn_log.reopen()
+                ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1))
+                events = failure(STOP_MESSAGES["engine_restarted"], "engine_restarted")
+                turn_log.append(([] if ended else events) + [DONE], finished=True)
+                self.close_log(turn_log)
+        except Exception:
+            log.exception("what an earlier engine left can't be put in order")
+        finally:
+            self.recovered.set()
+        self.prune()
+
+    # Turns
+
+    def send(self, message, options, key=None, fingerprint=None):
+        """Start a turn on the current thread, or find the one that `key` started: its TurnLog.
+
+        Raises HTTPError 409 (one is in progress), 422 (the key belongs to another body), 503, and
+        400 for what this version of Codex can't do.
+        """
+        self.recovered.wait()
+        turn_log = self._started_with(key, fingerprint)
+        if turn_log:
+            return turn_log
+        with self.lock:
+            self._check_free()              # so that the answer is 409 also where Codex is missing
+        codex = self.finder.find()
+        self._check_possible(codex, options)
+        self._close_left_logs()
+        with self.lock:
+            if key not in self.keys:        # else somebody was faster with the same request
+                self._check_free()
+                self.latest += 1
+                turn = self.current = Turn(self, self.latest, self.thread_id, message, options,
+                                           codex)
+                if key is not None:
+                    self.keys[key] = (turn.id, fingerprint)
+            else:
+                turn = None
+        if turn is None:
+            return self._started_with(key, fingerprint)
+        threading.Thread(target=turn.run, name="turn %d" % turn.id, daemon=True).start()
+        turn.ready.wait()
+        if turn.problem:
+            raise turn.problem
+        return turn.log
+
+    def _check_free(self):
+        if self.closing:
+            raise HTTPError(503, "The engine is shutting down", "send it again in some seconds",
+                            [("Retry-After", "5")])
+        if self.current:
+            raise HTTPError(409, "A turn is already in progress",
+                            "wait for its end, follow it with GET /codex/events, or stop it with "
+                            "POST /codex/interrupt", turn_id=self.current.id)
+
+    def _check_possible(self, codex, options):
+        if not os.path.isdir(self.settings.workspace):
+            raise unavailable("The workspace directory is missing",
+                              "%s is no directory: make it, or set WORKSPACE_HOME"
+                              % self.settings.workspace)
+        with self.lock:
+            resumed = self.thread_id
+        if options.images and resumed:
+            version = self.finder.version(codex) or ""
+            numbers = re.match(r"([0-9]+)\.([0-9]+)", version)
+            if numbers and tuple(map(int, numbers.groups())) < (0, 98):
+                raise bad_parameter("images", "can't go to a thread that has begun with Codex %s: "
+                                    "update Codex, or reset the thread first" % version)
+
+    def _started_with(self, key, fingerprint):
+        """The log of the turn that was started with the key, or None."""
+        with self.lock:
+            if key is None or key not in self.keys:
+                return None
+            turn_id, known = self.keys[key]
+        if known != fingerprint:
+            raise HTTPError(422, "Idempotency-Key was used with another request",
+                            "turn %d was started with this key and another body: "
+                            "use a new key for every message" % turn_id)
+        return self.turn_log(turn_id)
+
+    def key_of(self, turn_id):
+        """What a turn's header holds of its Idempotency-Key."""
+        with self.lock:
+            return next(({"key": key, "fingerprint": fingerprint}
+                         for key, (owner, fingerprint) in self.keys.items() if owner == turn_id), {})
+
+    def turn_path(self, turn_id):
+        return os.path.join(self.turns, "%d.log" % turn_id)
+
+    def turn_log(self, turn_id=None):
+        """The log of a kept turn, by default of the newest.
+
+        Raises HTTPError 404, and what kept Codex from starting if it was just about to.
+        """
+        with self.lock:
+            turn_id = self.latest if turn_id is None else turn_id
+            turn_log = self.logs.get(turn_id)
+            turn = self.current if self.current and self.current.id == turn_id else None
+        if turn:
+            turn.ready.wait()
+            if turn.problem:
+                raise turn.problem
+            turn_log = turn.log
+        if turn_log:
+            return turn_log
+        try:
+            return TurnLog.open(self.turn_path(turn_id))
+        except (OSError, ValueError):
+            raise HTTPError(404, "No such turn", "there was no turn yet" if not turn_id else
+                            "turn %d was never started, or is no longer kept" % turn_id) from None
+
+    def is_running(self):
+        with self.lock:
+            return self.current is not None
+
+    def interrupt(self):
+        """Stop the turn in progress; its id when nothing of it is left, None if there was none."""
+        turn = self._stop_current("interrupted")
+        return turn.id if turn and not turn.problem and turn.terminal is None else None
+
+    def reset(self):
+        """Stop the turn in progress and forget the thread.  Raises HTTPError 503."""
+        self._stop_current("interrupted", forget=True)
+        if not self._save():
+            raise unavailable("The reset could not be written down",
+                              "the thread is forgotten until the engine restarts: make room in %s "
+                              "and reset again" % self.settings.state)
+
+    def _stop_current(self, code, forget=False):
+        self.recovered.wait()
+        with self.lock:
+            turn = self.current
+            if forget:
+                self.thread_id = None
+                if turn:
+                    turn.forgotten = True
+        if turn:
+            self.stop(turn, code)
+            turn.over.wait()
+        return turn
+
+    def stop(self, turn, code):
+        """Begin to stop a turn; the first reason is the one that counts."""
+        with self.lock:
+            turn.stop_code = turn.stop_code or code
+        turn.wake()
+
+    # What a turn's thread reports
+
+    def thread_started(self, turn, thread_id):
+        """Codex works on this thread: what the turn asked for, or a new one."""
+        with self.lock:
+            if turn.forgotten or self.thread_id == thread_id:
+                return
+            self.thread_id = thread_id
+        self._save()
+
+    def not_started(self, turn):
+        """The turn never was: no log, no id, no key."""
+        if turn.log:
+            turn.log.close()
+            with contextlib.suppress(OSError):
+                os.unlink(turn.log.path)
+        with self.lock:
+            self.current = None
+            self.latest -= 1
+            self.logs.pop(turn.id, None)
+            self.keys = {key: value for key, value in self.keys.items() if value[0] != turn.id}
+        log.error("turn %d could not be started: %s", turn.id, turn.problem.body)
+
+    def release(self):
+        """The turn in progress is as good as over: another may start."""
+        with self.lock:
+            self.current = None
+
+    # Files
+
+    def create_log(self, turn_id, header):
+        turn_log = TurnLog.create(self.turn_path(turn_id), header)
+        with self.lock:
+            self.logs[turn_id] = turn_log
+        return turn_log
+
+    def _save(self, only_if_due=False):
+        """Write the thread id down; False if that failed, and then it is due."""
+        with self._saving:
+            with self.lock:
+                state = {"thread_id": self.thread_id}
+            if only_if_due and not self._unsaved:
+                return True
+            try:
+                write_file(self._thread_file(), json_bytes(state) + b"\n")
+                self._unsaved = False
+            except OSError as error:
+                log.error("%s can't be written: %s", self._thread_file(), error)
+                self._unsaved = True
+            return not self._unsaved
+
+    def close_log(self, turn_log):
+        """Close a finished log unless there is something of it that can't be written yet."""
+        if turn_log.flush():
+            turn_log.close()
+            with self.lock:
+                self.logs.pop(turn_log.turn_id, None)
+            return True
+        return False
+
+    def _close_left_logs(self):
+        """Write what a full disk didn't take, before there is more.  Raises HTTPError 503."""
+        with self.lock:
+            left = [turn_log for turn_log in self.logs.values() if turn_log.finished]
+        if not all([self.close_log(turn_log) for turn_log in left]) or not self._save(True):
+            raise unavailable("The disk is full", "make room in %s" % self.settings.state)
+
+    def _kept(self):
+        """The ids of the kept turns, oldest first."""
+        return sorted(int(name[:-len(".log")]) for name in _list(self.turns)
+                      if re.fullmatch(r"[1-9][0-9]{0,17}\.log", name))
+
+    def prune(self):
+        """Delete the oldest turns until KEPT_TURNS and KEPT_BYTES are met; the newest stays."""
+        count, size = 0, 0
+        for turn_id in reversed(self._kept()):
+            path = self.turn_path(turn_id)
+            try:
+                count, size = count + 1, size + os.path.getsize(path)
+                if count > 1 and (count > KEPT_TURNS or size > KEPT_BYTES):
+                    with self.lock:
+                        if turn_id in self.logs:
+                            continue
+                        self.keys = {key: value for key, value in self.keys.items()
+                                     if value[0] != turn_id}
+                    os.unlink(path)
+            except OSError as error:
+                log.error("an old turn can't be deleted: %s", error)
+
+
+def write_file(path, data):
+    """Replace the file at `path` so that it is whole at any moment, also after a power cut."""
+    temporary = path + ".tmp"
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------
+# Application
+# ---------------------------------------------------------------------------------------------
+
+class Application:
+    """The HTTP API as a WSGI application (PEP 3333), for any WSGI server with threads.
+
+    Nothing is read or opened before the first request, or before `open`.
+    """
+
+    def __init__(self, settings=None):
+        self.settings = settings
+        self.runner = None
+        self._opening = threading.Lock()
+        self.router = Router(
+            ("GET", "/health", self.health),
+            ("GET", "/ping", self.ping),
+            ("POST", "/codex/send", self.send),
+            ("GET", "/codex/events", self.events),
+            ("POST", "/codex/interrupt", self.interrupt),
+            ("GET", "/codex/history", self.history),
+            ("GET", "/codex/status", self.status),
+            ("POST", "/codex/reset", self.reset),
+        )
+
+    def open(self):
+        """Read the settings and take the state directory, if that wasn't done before."""
+        with self._opening:
+            if self.runner is None:
+                self.settings = self.settings or Settings.from_process()
+                if not log.handlers:
+                    start_logging(os.environ, self.settings.development)
+                runner = CodexRunner(self.settings)
+                runner.open()
+                self.runner = runner
+
+    def __call__(self, environ, start_response):
+        request = Request(environ)
+        try:
+            response = self._respond(request)
+        except HTTPError as error:
+            response = error.response()
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            response = json_response({"error": "Internal server error",
+                                      "details": "the engine's log says more"}, 500)
+        status = "%d %s" % (response.status, reason_phrase(response.status))
+        start_response(status, response.headers)
+        if request.method != "HEAD":
+            return response.body
+        if hasattr(response.body, "close"):
+            response.body.close()
+        return []
+
+    def _respond(self, request):
+        if request.path == "/health" and request.method in ("GET", "HEAD"):
+            return self.health(request)
+        if self.runner is None:
+            self.open()
+        check_secret(request, self.settings.secret)
+        return self.router.handler(request.method, request.path)(request)
+
+    def health(self, request):
+        return json_response({"status": "ok", "timestamp": timestamp()})
+
+    def ping(self, request):
+        return json_response({"message": "pong", "timestamp": timestamp()})
+
+    # POST /codex/send
+
+    def send(self, request):
+        body = self._message(request.body(self.settings.max_body))
+        message = body.get("message")
+        if not message or not isinstance(message, str):
+            raise HTTPError(400, "Message is required and must be a string")
+        options = TurnOptions(body, self.settings)
+        key = request.header("Idempotency-Key")
+        if key is not None and not 1 <= len(key) <= 255:
+            raise bad_parameter("Idempotency-Key", "must be 1 to 255 characters long")
+        fingerprint = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        turn_log = self.runner.send(message, options, key, fingerprint)
+        if prefers_async(request):
+            summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
+                       "status": turn_log.summary()["status"]}
+            return json_response(summary, 202, [("Preference-Applied", "respond-async")])
+        return event_stream(turn_log, turn_log.start)
+
+    @staticmethod
+    def _message(body):
+        try:
+            value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise HTTPError(400, "Failed to process message",
+                            "the body is not JSON: %s" % error) from None
+        if not isinstance(value, dict):
+            raise HTTPError(400, "Failed to process message", "the body is no JSON object")
+        return value
+
+    # GET /codex/events
+
+    def events(self, request):
+        query = request.query()
+        name = "after" if "after" in query else "Last-Event-ID"
+        position = query.get("after", request.header("Last-Event-ID"))
+        turn_id, number = _event_id(name, position) if position else (None, 0)
+        if "turn" in query:
+            wanted = _whole_number("turn", query["turn"])
+            if turn_id not in (None, wanted):
+                raise bad_parameter(name, "%s is of another turn than turn=%d" % (position, wanted))
+            turn_id = wanted
+        turn_log = self.runner.turn_log(turn_id)
+        offset = turn_log.offset_after(number)
+        if offset is None:
+            raise bad_parameter(name, "%s names an event that turn %d does not have"
+                                % (position, turn_log.turn_id))
+        if turn_log.finished and number == turn_log.last:
+            return Response([], 204)
+        return event_stream(turn_log, offset)
+
+    # POST /codex/interrupt
+
+    def interrupt(self, request):
+        turn_id = self.runner.interrupt()
+        return json_response({"success": True, "interrupted": turn_id is not None,
+                              "turn_id": turn_id})
+
+    # GET /codex/history
+
+    def history(self, request):
+        query = request.query()
+        tail = _whole_number("tail", query["tail"]) if "tail" in query else None
+        limit = _whole_number("limit", query["limit"], least=1) if "limit" in query else None
+        if tail is not None and "after" in query:
+            raise bad_parameter("tail", "and after exclude each other")
+        thread_id = self.runner.thread_id
+        offset = _cursor(query["after"], thread_id) if "after" in query else 0
+        if thread_id is None:
+            return json_response({"message": "No active thread", "thread_id": None, "events": []})
+        path = self.runner.rollouts.find(thread_id)
+        if path is None:
+            if offset:
+                raise _gone_cursor("is beyond the end")
+            return json_response({"thread_id": thread_id, "events": [],
+                                  "cursor": "%s.0" % thread_id})
+        headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding"),
+                   ("ETag", _entity_tag(path, request))]
+        if _matches(request.header("If-None-Match"), headers[-1][1]):
+            return Response([], 304, headers[1:])
+        reader = RolloutReader(path)
+        try:
+            if tail is not None:
+                offset = reader.tail(tail)
+            if not reader.seek(offset):
+                raise _gone_cursor("is not a place in this thread's history")
+        except BaseException:
+            reader.close()
+            raise
+        pieces = iter(HistoryPage(thread_id, reader, limit))
+        if accepts_gzip(request):
+            headers.append(("Content-Encoding", "gzip"))
+            pieces = compress(pieces)
+        return Response(ClosingIterator(pieces, reader.close), 200, headers)
+
+    # GET /codex/status
+
+    def status(self, request):
+        runner = self.runner
+        thread_id = runner.thread_id
+        return json_response({
+            "has_active_thread": thread_id is not None,
+            "thread_id": thread_id,
+            "session_file": runner.rollouts.find(thread_id) if thread_id else None,
+            "working_directory": self.settings.workspace,
+            "turn": self._turn(),
+            "codex": self._codex(),
+            "engine": {"version": __version__, "started_at": runner.started_at}})
+
+    def _turn(self):
+        try:
+            return self.runner.turn_log().summary()
+        except HTTPError:
+            return None
+
+    def _codex(self):
+        try:
+            codex = self.runner.finder.find()
+        except HTTPError:
+            return None
+        return {"path": codex.program, "version": self.runner.finder.version(codex)}
+
+    # POST /codex/reset
+
+    def reset(self, request):
+        self.runner.reset()
+        return json_response({"message": "Thread reset successfully", "success": True})
+
+
+def reason_phrase(status):
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+def prefers_async(request):
+    """RFC 7240, 4.1: whether the client prefers an answer at once."""
+    preferences = (request.header("Prefer") or "").split(",")
+    return any(item.partition(";")[0].strip().lower() == "respond-async" for item in preferences)
+
+
+def event_stream(turn_log, offset):
+    return Response(EventStream(turn_log, offset), 200,
+                    [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
+                     ("X-Accel-Buffering", "no"), ("X-Replicas-Turn-Id", str(turn_log.turn_id))])
+
+
+def _whole_number(name, text, least=0):
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
+        raise bad_parameter(name, "must be a whole number from %d up" % least)
+    return int(text)
+
+
+def _event_id(name, text):
+    match = re.fullmatch(r"([1-9][0-9]{0,14})\.([0-9]{1,15})", text)
+    if not match:
+        raise bad_parameter(name, "must be the id of an event, such as 7.4")
+    return int(match.group(1)), int(match.group(2))
+
+
+def _cursor(text, thread_id):
+    """The offset in a cursor of the thread's history."""
+    match = re.fullmatch(r"([0-9A-Za-z_-]{1,128})\.([0-9]{1,15})", text)
+    if not match:
+        raise bad_parameter("after", "must be a cursor that GET /codex/history gave")
+    if match.group(1) != thread_id:
+        raise _gone_cursor("is of another thread")
+    return int(match.group(2))
+
+
+def _gone_cursor(problem):
+    return HTTPError(410, "Cursor is gone", "after %s: read the history from its beginning"
+                     % problem)
+
+
+def _entity_tag(path, request):
+    """A weak validator (RFC 9110, 8.8.1), since what is sent may be compressed."""
+    status = os.stat(path)
+    identity = "%s %s %d %d %d" % (path, request.environ.get("QUERY_STRING", ""), status.st_ino,
+                                   status.st_size, status.st_mtime_ns)
+    return 'W/"%s"' % hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _matches(condition, tag):
+    """RFC 9110, 13.1.2: whether If-None-Match names the entity tag, compared weakly."""
+    if condition is None:
+        return False
+    tags = re.findall(r'(?:W/)?("[^"]*")', condition)
+    return condition.strip() == "*" or tag[len("W/"):] in tags
+
+
+application = Application()
