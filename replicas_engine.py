@@ -34,10 +34,12 @@ import base64
 import binascii
 import collections
 import contextlib
+import copy
 import ctypes
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import hmac
 import io
@@ -46,6 +48,7 @@ import logging
 import os
 import pwd
 import re
+import select
 import selectors
 import shutil
 import signal
@@ -56,6 +59,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import urllib.parse
 import uuid
 import zlib
@@ -256,9 +260,9 @@ class StderrHandler(logging.Handler):
 
 def writable(fd):
     """Whether a write to the descriptor `fd` would not block."""
-    poll = selectors.PollSelector()
-    poll.register(fd, selectors.EVENT_WRITE)
-    return bool(poll.select(0))
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def start_logging(env, development):
@@ -839,8 +843,8 @@ def start_process(argv, **options):
 def reap_orphans():
     """Wait for the dead among the processes that became ours because we are their subreaper."""
     with _starting:
-        for pid, process in process_table().items():
-            if process.state == b"Z" and process.parent == os.getpid() and pid not in _own_children:
+        for pid, entry in process_table().items():
+            if entry.state == b"Z" and entry.parent == os.getpid() and pid not in _own_children:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
 
@@ -854,11 +858,19 @@ def process_table():
     table = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
-            line = _read_proc(name, "stat")
-            if line:
-                fields = line[line.rindex(b")") + 2:].split()
-                table[int(name)] = Process(int(fields[1]), fields[0], int(fields[19]))
+            entry = process(name)
+            if entry.started is not None:
+                table[int(name)] = entry
     return table
+
+
+def process(pid):
+    """The Process that has the pid now; its fields are None if there is none."""
+    line = _read_proc(pid, "stat")
+    if not line:
+        return Process(None, None, None)
+    fields = line[line.rindex(b")") + 2:].split()
+    return Process(int(fields[1]), fields[0], int(fields[19]))
 
 
 def _read_proc(pid, name):
@@ -878,33 +890,36 @@ def mark_of(pid):
 
 def unmarked_orphans(table):
     """(pid, started) of our children that carry no mark: orphans that dropped the environment."""
-    return {(pid, process.started) for pid, process in table.items()
-            if process.parent == os.getpid() and pid not in _own_children and mark_of(pid) is None}
+    return {(pid, entry.started) for pid, entry in table.items()
+            if entry.parent == os.getpid() and pid not in _own_children and mark_of(pid) is None}
 
 
 class TurnProcesses:
     """Everything that one turn started, in whatever process group or session it sits.
 
-    `mark` is the turn's, `codex` the pid of its Codex, and `earlier` are the unmarked orphans that
-    were there before it; the last two are None if an earlier engine started the turn.
+    `mark` is the turn's, `codex` the pid of its Codex, which began at `started` (see Process;
+    default: the one that has the pid now).  `earlier` are the unmarked orphans that were there
+    before it, or None if it was another engine that started it.
     """
 
-    def __init__(self, mark, earlier=None, codex=None):
+    def __init__(self, mark, codex, started=None, earlier=None):
         self.mark = mark
         self.codex = codex
+        self.started = process(codex).started if started is None else started
         self.earlier = earlier
-        self.seen = set()                   # (pid, started): once a turn's, always that turn's
+        self.seen = {(codex, self.started)}     # once a turn's, always that turn's
 
     def find(self):
         """The turn's living processes: {pid: parent}."""
         with _starting:                     # or a child of ours that has no mark yet looks like one
             table = process_table()
             orphans = set() if self.earlier is None else unmarked_orphans(table) - self.earlier
-        found = {pid for pid, process in table.items()
-                 if (pid, process.started) in self.seen | orphans or mark_of(pid) == self.mark}
+        known = self.seen | orphans
+        found = {pid for pid, entry in table.items()
+                 if (pid, entry.started) in known or mark_of(pid) == self.mark}
         children = collections.defaultdict(list)
-        for pid, process in table.items():
-            children[process.parent].append(pid)
+        for pid, entry in table.items():
+            children[entry.parent].append(pid)
         unvisited = list(found)
         while unvisited:
             new = set(children[unvisited.pop()]) - found
@@ -922,8 +937,8 @@ class TurnProcesses:
         """
         processes = self.find()
         top = {pid for pid, parent in processes.items() if parent not in processes}
-        if self.codex is not None:
-            top &= {self.codex}
+        if self.codex in processes:
+            top = {self.codex}
         self._signal(top, signal.SIGINT)
         self._wait(lambda: not top & set(self.find()), INTERRUPT_PATIENCE)
         self._signal(self.find(), signal.SIGTERM)
@@ -1121,7 +1136,7 @@ class RolloutReader:
         return offsets[0] if offsets else end
 
     def _tail_backwards(self, count):
-        done = begin = _rfind(self.file, b"\n", self.end) + 1     # the lines from `done` on are seen
+        done = begin = _rfind(self.file, b"\n", self.end) + 1    # lines from `done` on are seen
         while count and begin:
             begin = max(0, begin - max(READ_SIZE, done - begin))    # doubles over a long line
             self.position = begin
@@ -1237,7 +1252,8 @@ LISTENING_VARIABLES = frozenset(("HOST", "PORT"))   # the engine's: an agent's s
 # Where npm, and what manages Node versions, put the programs of globally installed packages.
 GLOBAL_PLACES = ("/usr/local/bin", "/usr/bin", "~/.npm-global/bin", "~/.local/bin", "~/.volta/bin",
                  "~/.bun/bin", "~/.local/share/pnpm", "/opt/nodejs/bin", "/snap/bin")
-NODE_VERSIONS = ("~/.nvm/versions/node", "~/.local/share/fnm/node-versions", "/usr/local/n/versions")
+NODE_VERSIONS = ("~/.nvm/versions/node", "~/.local/share/fnm/node-versions",
+                 "/usr/local/n/versions")
 
 PLATFORMS = {"x86_64": ("x86_64-unknown-linux-musl", "codex-linux-x64"),
              "aarch64": ("aarch64-unknown-linux-musl", "codex-linux-arm64")}
@@ -1376,6 +1392,8 @@ def config_argument(key, value):
 # What POST /codex/send takes beside the message.  A check gets the value and the settings and
 # returns what goes to Codex, or raises ValueError with what is wrong with the value.
 
+# What Codex 0.50 can't do: of 60 turns with an image, in every form of the command line, 48 hung.
+FIRST_WITH_IMAGES = FIRST_WITH_ALL_EFFORTS = (0, 98)
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 IMAGE_TYPES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"),
                (rb"GIF8[79]a", "gif"), (rb"RIFF....WEBP", "webp"))
@@ -1467,18 +1485,27 @@ def _web_search(value):
             + config_argument("web_search", "live" if value else "disabled"))
 
 
-TurnOption = collections.namedtuple("TurnOption", "key check arguments")
+class TurnOption(typing.NamedTuple):
+    """A key of the request: how its value is checked, and what becomes of it."""
+    key: str
+    check: typing.Callable                  # (value, settings) -> what goes to Codex
+    arguments: typing.Callable              # what goes to Codex -> words of its command line
+    since: typing.Callable = lambda value: None     # value -> the first version that can, or None
+
+
 TURN_OPTIONS = (
     TurnOption("model", _name, lambda model: ["--model=" + model]),
     TurnOption("reasoning_effort", _one_of(*REASONING_EFFORTS),
-               lambda effort: config_argument("model_reasoning_effort", effort)),
+               lambda effort: config_argument("model_reasoning_effort", effort),
+               lambda effort: FIRST_WITH_ALL_EFFORTS if effort in ("none", "xhigh") else None),
     TurnOption("sandbox_mode", _one_of(*SANDBOX_MODES), lambda mode: ["--sandbox", mode]),
     TurnOption("network_access", _boolean,
                lambda on: config_argument("sandbox_workspace_write.network_access", on)),
     TurnOption("web_search", _boolean, _web_search),
     TurnOption("output_schema", _schema, lambda file: ["--output-schema", file]),
-    TurnOption("images", _images, lambda files: [word for file in files
-                                                 for word in ("--image", file)]),
+    TurnOption("images", _images,
+               lambda files: [word for file in files for word in ("--image", file)],
+               lambda files: FIRST_WITH_IMAGES if files else None),
 )
 
 
@@ -1490,20 +1517,23 @@ class TurnOptions:
 
     def __init__(self, body, settings):
         defaults = {"model": settings.model, "sandbox_mode": settings.sandbox}
-        self.arguments, self.images = [], []
-        for key, check, arguments in TURN_OPTIONS:
-            value = body.get(key, defaults.get(key))
-            if value is None and (key not in body):
+        self.arguments, self.images, self.since = [], [], {}
+        for option in TURN_OPTIONS:
+            value = body.get(option.key, defaults.get(option.key))
+            if value is None and option.key not in body:
                 continue
             try:
-                words = arguments(check(value, settings))
+                checked = option.check(value, settings)
             except ValueError as error:
-                raise bad_parameter(key, str(error)) from None
-            (self.images if key == "images" else self.arguments).extend(words)
+                raise bad_parameter(option.key, str(error)) from None
+            words = self.images if option.key == "images" else self.arguments
+            words.extend(option.arguments(checked))
+            if option.since(checked):
+                self.since[option.key] = option.since(checked)
 
     def with_files(self, folder):
         """The same options with every TurnFile written to `folder`, which is made if need be."""
-        written = TurnOptions.__new__(TurnOptions)
+        written = copy.copy(self)
         written.arguments = [_write_turn_file(word, folder) for word in self.arguments]
         written.images = [_write_turn_file(word, folder) for word in self.images]
         return written
@@ -1560,6 +1590,7 @@ class Turn:
         self.codex = codex
         self.mark = uuid.uuid4().hex
         self.log = None
+        self.child = None
         self.terminal = None                # the type of the event with which Codex ended it
         self.problem = None
         self.ready = threading.Event()
@@ -1583,7 +1614,7 @@ class Turn:
             self._start()
         except (OSError, ValueError, HTTPError) as error:
             self.problem = error if isinstance(error, HTTPError) else unavailable(
-                "Codex can't be started", "%s: %s" % (self.codex.program, error))
+                "The turn can't be started", str(error))
             self._leave()
             self.runner.not_started(self)
             self.ready.set()
@@ -1603,16 +1634,18 @@ class Turn:
         self._end()
 
     def _start(self):
-        header = {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
-                  "mark": self.mark, **self.runner.key_of(self.id)}
-        self.log = self.runner.create_log(self.id, header)
-        self.folder = self.log.path[:-len(".log")] + ".files"
+        """Start Codex, which does nothing before it has its prompt, and then the log."""
+        os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
+        self.folder = self.runner.turn_path(self.id)[:-len(".log")] + ".files"
         self.options = self.options.with_files(self.folder)
         self._launch(self.thread_id)
+        codex = {"pid": self.child.pid, "started": self.processes.started}
+        header = {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
+                  "mark": self.mark, "codex": codex, **self.runner.key_of(self.id)}
+        self.log = self.runner.create_log(self.id, header)
+        self.log.sync()
         log.info("turn %d started: %s, codex pid %d", self.id,
                  "thread %s" % self.thread_id if self.thread_id else "new thread", self.child.pid)
-        self.log.sync()
-        self.processes.earlier = unmarked_orphans(process_table())
 
     def _launch(self, thread_id):
         """Start Codex on the thread, or on a new one."""
@@ -1623,13 +1656,14 @@ class Turn:
         self.stderr = b""
         self.stopper = None
         self.stopped = False
+        self.earlier = unmarked_orphans(process_table())
         self.prompt = memoryview(_well_formed(self.message).encode())
         self.child = start_process(
             codex_arguments(self.settings, self.codex, self.options, thread_id),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             cwd=self.settings.workspace,
             env=codex_environment(self.settings, self.codex, self.mark))
-        self.processes = TurnProcesses(self.mark, codex=self.child.pid)
+        self.processes = TurnProcesses(self.mark, self.child.pid, earlier=self.earlier)
         threading.Thread(target=self._await_exit, args=(self.child,), daemon=True).start()
 
     def _await_exit(self, child):
@@ -1848,6 +1882,8 @@ class Turn:
 
     def _leave(self):
         """Nothing of the turn stays but its log."""
+        if self.problem and self.child:
+            self.child.kill()
         with contextlib.suppress(OSError, AttributeError):
             shutil.rmtree(self.folder)
 
@@ -1906,6 +1942,7 @@ class CodexRunner:
         self.logs = {}                      # id -> TurnLog of the turns whose log isn't closed
         self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
         self.closing = False
+        self.changed = lambda: None         # called when a turn has begun or ended
         self._saving = threading.Lock()     # outside the other: puts the writes into their order
         self._unsaved = False
 
@@ -1978,7 +2015,8 @@ class CodexRunner:
         try:
             for turn_log in broken:
                 log.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
-                TurnProcesses(turn_log.header.get("mark")).stop()
+                codex = turn_log.header["codex"]
+                TurnProcesses(turn_log.header["mark"], codex["pid"], codex["started"]).stop()
                 turn_log.reopen()
                 ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1))
                 events = failure(STOP_MESSAGES["engine_restarted"], "engine_restarted")
@@ -2023,6 +2061,7 @@ class CodexRunner:
         turn.ready.wait()
         if turn.problem:
             raise turn.problem
+        self.changed()
         return turn.log
 
     def _check_free(self):
@@ -2039,14 +2078,12 @@ class CodexRunner:
             raise unavailable("The workspace directory is missing",
                               "%s is no directory: make it, or set WORKSPACE_HOME"
                               % self.settings.workspace)
-        with self.lock:
-            resumed = self.thread_id
-        if options.images and resumed:
+        for key, since in options.since.items():
             version = self.finder.version(codex) or ""
             numbers = re.match(r"([0-9]+)\.([0-9]+)", version)
-            if numbers and tuple(map(int, numbers.groups())) < (0, 98):
-                raise bad_parameter("images", "can't go to a thread that has begun with Codex %s: "
-                                    "update Codex, or reset the thread first" % version)
+            if numbers and tuple(map(int, numbers.groups())) < since:
+                raise bad_parameter(key, "is beyond Codex %s: it takes %d.%d or newer"
+                                    % (version, *since))
 
     def _started_with(self, key, fingerprint):
         """The log of the turn that was started with the key, or None."""
@@ -2063,8 +2100,10 @@ class CodexRunner:
     def key_of(self, turn_id):
         """What a turn's header holds of its Idempotency-Key."""
         with self.lock:
-            return next(({"key": key, "fingerprint": fingerprint}
-                         for key, (owner, fingerprint) in self.keys.items() if owner == turn_id), {})
+            for key, (owner, fingerprint) in self.keys.items():
+                if owner == turn_id:
+                    return {"key": key, "fingerprint": fingerprint}
+            return {}
 
     def turn_path(self, turn_id):
         return os.path.join(self.turns, "%d.log" % turn_id)
@@ -2154,6 +2193,7 @@ class CodexRunner:
         """The turn in progress is as good as over: another may start."""
         with self.lock:
             self.current = None
+        self.changed()
 
     # Files
 
@@ -2493,3 +2533,930 @@ def _matches(condition, tag):
 
 
 application = Application()
+
+
+# ---------------------------------------------------------------------------------------------
+# WSGI server
+# ---------------------------------------------------------------------------------------------
+# Instead of http.server's handler, which lets through what RFC 9112 forbids, writes a response in
+# several packets and has no deadlines.  Section numbers are RFC 9112's unless they name another.
+#
+# Time limits on a socket are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO), since Python's own cost a
+# poll a call.  They hold for one call, so whoever reads in several of them lowers the limit to
+# what is left of his deadline.
+
+MAX_REQUEST_LINE = 8 * 1024                # bytes, above it 414
+MAX_HEAD = 32 * 1024                       # bytes of request line and fields, above it 431
+MAX_FIELDS = 100                           # above it 431
+MAX_CHUNK_LINE = 4 * 1024                  # bytes of a chunk's size with its extensions
+MAX_TRAILERS = 8 * 1024                    # bytes of a chunked body's trailer section
+IDLE_TIMEOUT = 75.0                        # seconds between two requests
+HEAD_TIMEOUT = 10.0                        # seconds from a head's first byte to its last
+BODY_GRACE, BODY_RATE = 20.0, 4096         # a body may take 20 s, and 1 s more per 4 KiB received
+SEND_TIMEOUT = 60.0                        # seconds in which the client takes not one byte more
+LINGER_TIMEOUT, LINGER_PAUSE = 10.0, 2.0   # seconds of reading behind a last answer; between bytes
+LINGER_BYTES = 64 * 1024 * 1024            # bytes that are read behind a last answer
+SPARE_CONNECTIONS = 32                     # above the limit, for the paths that always answer
+SPARE_TIMEOUT = 2.0                        # seconds in which their request must be there
+BUFFER_SIZE = 16 * 1024
+
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                 # RFC 9110, 5.6.2
+VALUE = rb"[\t\x20-\x7e\x80-\xff]*"                                     # RFC 9110, 5.5
+QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'   # 5.6.4
+PCHAR = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})"            # RFC 3986, 3.3
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")   # 3
+FIELDS = re.compile(rb"(?:" + TOKEN + rb":" + VALUE + rb"\r\n)*")       # 5
+FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
+ORIGIN_FORM = re.compile(rb"(/(?:" + PCHAR + rb"|/)*)(?:\?((?:" + PCHAR + rb"|[/?])*))?")   # 3.2.1
+ABSOLUTE_FORM = re.compile(rb"http://([^/?]+)(.*)", re.IGNORECASE)      # 3.2.2
+HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)"
+                  rb"(?::([0-9]{0,5}))?")                               # RFC 9110, 7.2
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:"
+                        + TOKEN + rb"|" + QUOTED + rb"))?)*")           # 7.1
+BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+TRAILER = re.compile(rb"|(" + TOKEN + rb"):" + VALUE)
+NOTHING = re.compile(rb"")
+SINGLE_FIELDS = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"))
+# Fields that a trailer must not carry, lest anyone merges them into the head: RFC 9110, 6.5.1
+NO_TRAILERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"authorization",
+                         b"content-encoding", b"content-type", b"content-range", b"trailer", b"te",
+                         b"connection", b"expect", b"x-replicas-engine-secret"))
+
+
+class BadRequest(OSError):
+    """A request that can't be read; an OSError, so that it may come out of wsgi.input too."""
+
+    def __init__(self, status, reason):
+        super().__init__(reason)
+        self.status = status
+
+
+class Disconnected(Exception):
+    """The client is gone, or has been too slow to be waited for."""
+
+
+class Connection:
+    """A client's socket with a buffer in front, and deadlines."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.buffer = b""
+        self._limit = None
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT))
+
+    def receive(self, seconds):
+        """Add what comes to the buffer; False if nothing comes any more.  Raises TimeoutError."""
+        if seconds != self._limit:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+            self._limit = seconds
+        try:
+            data = self.sock.recv(BUFFER_SIZE)
+        except BlockingIOError:
+            raise TimeoutError from None
+        self.buffer = self.buffer + data if self.buffer else data
+        return bool(data)
+
+    def take(self, size):
+        """Up to `size` bytes out of the buffer."""
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def send(self, data):
+        """Raises Disconnected, also when the client takes nothing for SEND_TIMEOUT."""
+        try:
+            self.sock.sendall(data)
+        except OSError as error:
+            raise Disconnected(str(error)) from None
+
+    def has_hung_up(self):
+        """Whether the client has gone (True), or only ended what it sends (None).
+
+        A client that closed and one that ended its half look alike until something is sent.
+        """
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        for _, event in poll.poll(0):
+            if event & (select.POLLERR | select.POLLHUP):
+                return True
+            try:
+                return False if self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) else None
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+        return False
+
+    def linger(self):
+        """Close our half and read on for a while: closing with something unread would reset the
+        connection, and might take our last answer from the client (9.6)."""
+        deadline, size = time.monotonic() + LINGER_TIMEOUT, 0
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            while size < LINGER_BYTES and time.monotonic() < deadline:
+                self.buffer = b""
+                if not self.receive(LINGER_PAUSE):
+                    break
+                size += len(self.buffer)
+        except OSError:
+            pass
+
+
+def _timeval(seconds):
+    """struct timeval, for setsockopt; 0 would mean no limit."""
+    microseconds = max(1, int(seconds * 1000000))
+    return struct.pack("ll", microseconds // 1000000, microseconds % 1000000)
+
+
+class RequestBody(io.RawIOBase):
+    """The body of one request, without its framing (6): what wsgi.input reads from.
+
+    `length` is Content-Length, or None for a chunked body.  Whoever asks first is the one for whom
+    `100 Continue` is sent, if the client waits for it (RFC 9110, 10.1.1).
+    """
+
+    def __init__(self, connection, length, expects_continue):
+        self.connection = connection
+        self.chunked = length is None
+        self.left = length or 0             # bytes of the body, or of the current chunk
+        self.complete = length == 0
+        self.broken = False
+        self.expects_continue = expects_continue
+        self._begin = None
+        self._received = 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, target):
+        try:
+            if self.chunked and not self.left and not self.complete:
+                self._next_chunk()
+            if self.complete:
+                return 0
+            if not self.connection.buffer:
+                self._receive()
+        except OSError:
+            self.broken = True
+            raise
+        data = self.connection.take(min(len(target), self.left))
+        target[:len(data)] = data
+        self.left -= len(data)
+        if self.chunked and not self.left:
+            self._line(2, NOTHING)  # the CRLF behind a chunk's data
+        self.complete = not self.chunked and not self.left
+        return len(data)
+
+    def is_read(self):
+        """Whether the body has been read, or can be without waiting: a connection stays in step."""
+        if not self.chunked and not self.broken and self.left <= len(self.connection.buffer):
+            self.connection.take(self.left)
+            self.left, self.complete = 0, True
+        return self.complete
+
+    def _next_chunk(self):
+        size = self._line(MAX_CHUNK_LINE, CHUNK_LINE).group(1)
+        self.left = int(size, 16)
+        if self.left == 0:
+            self._trailers()
+            self.complete = True
+
+    def _trailers(self):
+        size = 0
+        while True:
+            match = self._line(MAX_TRAILERS, TRAILER)
+            if match.group(1) is None:
+                return
+            size += len(match.group())
+            if size > MAX_TRAILERS:
+                raise BadRequest(431, "the trailer section is larger than %d bytes" % MAX_TRAILERS)
+            if match.group(1).lower() in NO_TRAILERS:
+                raise BadRequest(400, "a trailer field must not be %s" % match.group(1).decode())
+
+    def _line(self, limit, pattern):
+        """The next line, without its CRLF, as a match of `pattern`."""
+        while True:
+            line, newline, _ = self.connection.buffer.partition(b"\n")
+            if newline or len(line) > limit:
+                break
+            self._receive()
+        match = pattern.fullmatch(line[:-1]) if line.endswith(b"\r") else None
+        if not match or len(line) > limit:
+            raise BadRequest(400, "a chunk of the body is malformed (RFC 9112, 7.1)")
+        self.connection.take(len(line) + 1)
+        return match
+
+    def _receive(self):
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin = now
+            if self.expects_continue and not self.connection.buffer:
+                self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = self._begin + BODY_GRACE + self._received / BODY_RATE
+        before = len(self.connection.buffer)
+        try:
+            if now >= deadline:
+                raise TimeoutError
+            if not self.connection.receive(deadline - now):
+                raise BadRequest(400, "the connection was closed within the body")
+        except TimeoutError:
+            raise BadRequest(408, "the body came too slowly") from None
+        self._received += len(self.connection.buffer) - before
+
+
+class WSGIRequestHandler(BaseRequestHandler):
+    """One connection: its requests become environs for the application (PEP 3333)."""
+
+    # A connection's life, in the order in which it happens
+
+    def setup(self):
+        self.connection = Connection(self.request)
+        self.idle = False                   # between two requests
+        self.spare = self.server.register(self)
+        self.environ = self.server.environ_of(self.client_address)
+        self.close_connection = False
+
+    def handle(self):
+        try:
+            while not self.close_connection:
+                self.handle_one_request()
+        except (Disconnected, ConnectionError):
+            return
+        self.connection.linger()
+
+    def handle_one_request(self):
+        try:
+            head = self.read_head()
+            if head is None:
+                raise Disconnected
+            self.started = time.perf_counter()
+            environ = self.parse_head(head)
+        except BadRequest as error:
+            self.refuse(error)
+            return
+        if self.spare and environ["PATH_INFO"] not in self.server.always:
+            self.refuse(TOO_MANY)
+        else:
+            self.run_application(environ)
+
+    # Reading a head
+
+    def read_head(self):
+        """The next request's line and fields with their CRLFs, or None if there is none."""
+        connection, searched = self.connection, 0
+        deadline = time.monotonic() + HEAD_TIMEOUT if connection.buffer else None
+        while True:
+            while connection.buffer.startswith(b"\r\n"):    # 2.2: empty lines before a request
+                connection.take(2)
+            end = connection.buffer.find(b"\r\n\r\n", searched)
+            if 0 <= end <= MAX_HEAD - 4:
+                return connection.take(end + 4)[:-2]
+            if connection.buffer:
+                check_partial_head(connection.buffer)
+            searched = max(0, len(connection.buffer) - 3)
+            if not self.await_bytes(deadline):
+                return None
+            deadline = deadline or time.monotonic() + HEAD_TIMEOUT
+
+    def await_bytes(self, deadline):
+        """More of a head, by the deadline if it has begun; False if no request is under way."""
+        limit = SPARE_TIMEOUT if self.spare else IDLE_TIMEOUT
+        self.idle = deadline is None        # before the next look, as the server does it last
+        if deadline:
+            limit = min(limit, max(0, deadline - time.monotonic()))
+        elif self.server.closing:
+            limit = 0                       # only what is there already
+        try:
+            if self.connection.receive(limit):
+                self.idle = False
+                return True
+            reason = BadRequest(400, "the connection was closed within the head")
+        except TimeoutError:
+            reason = BadRequest(408, "the head was not complete in time")
+        if self.spare:
+            raise TOO_MANY
+        if deadline:
+            raise reason
+        return False
+
+    def parse_head(self, head):
+        """The environ of a request.  Raises BadRequest."""
+        line, _, fields = head.partition(b"\r\n")
+        method, target, version = parse_request_line(line)
+        environ = self.environ.copy()
+        environ["REQUEST_METHOD"] = method
+        environ["SERVER_PROTOCOL"] = "HTTP/1.%d" % version
+        add_fields(environ, fields)
+        self.parse_target(environ, target, version)
+        self.parse_framing(environ, version)
+        connection = environ.get("HTTP_CONNECTION")
+        tokens = [t.strip(" \t") for t in connection.lower().split(",")] if connection else ()
+        self.close_connection = ("close" in tokens                          # 9.3
+                                 or (version == 0 and "keep-alive" not in tokens))
+        return environ
+
+    def parse_target(self, environ, target, version):
+        host = environ.get("HTTP_HOST")
+        if host is None and version > 0:
+            raise BadRequest(400, "the Host field is missing (RFC 9112, 3.2)")
+        host = check_host(host.encode("latin-1")) if host is not None else None
+        if not target.startswith(b"/"):
+            target = self.absolute_target(environ, target, host)
+        match = ORIGIN_FORM.fullmatch(target)
+        if not match:
+            raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
+        path, query = match.groups()
+        if b"%" in path:
+            path = urllib.parse.unquote_to_bytes(path)
+        environ["PATH_INFO"] = path.decode("latin-1")
+        environ["QUERY_STRING"] = query.decode() if query else ""
+
+    @staticmethod
+    def absolute_target(environ, target, host):
+        """The origin-form of a target in another form; none of the other forms is served."""
+        if target == b"*" and environ["REQUEST_METHOD"] == "OPTIONS":   # 3.2.4: the server's own
+            return b"/"
+        match = ABSOLUTE_FORM.fullmatch(target)
+        if environ["REQUEST_METHOD"] == "CONNECT":
+            raise BadRequest(501, "CONNECT is not implemented")
+        if not match:
+            raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
+        authority = check_host(match.group(1))
+        if not authority[0] or (host is not None and host != authority):
+            raise BadRequest(400, "the request target and Host differ (RFC 9112, 3.2.2)")
+        rest = match.group(2)
+        return rest if rest.startswith(b"/") else b"/" + rest
+
+    def parse_framing(self, environ, version):
+        """Where the body ends (6.3)."""
+        length, coding = environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")
+        if length is not None and not re.fullmatch(r"[0-9]+", length):
+            raise BadRequest(400, "Content-Length is malformed (RFC 9110, 8.6)")
+        if length is not None and len(length) > 18:
+            raise BadRequest(413, "Content-Length is larger than any body")
+        if coding is not None:
+            if length is not None or version == 0:
+                raise BadRequest(400, "Transfer-Encoding must not come with Content-Length, "
+                                      "nor in HTTP/1.0 (RFC 9112, 6.1)")
+            if coding.lower() != "chunked":
+                raise BadRequest(501, "the only transfer coding that is implemented is chunked")
+        expect = environ.get("HTTP_EXPECT", "").lower()
+        if expect not in ("", "100-continue"):
+            raise BadRequest(417, "the only expectation that is implemented is 100-continue")
+        if coding is None and length in (None, "0"):
+            self.body = None
+            environ["wsgi.input"] = io.BytesIO()
+        else:
+            self.body = RequestBody(self.connection, None if coding else int(length),
+                                    expect and version > 0)
+            environ["wsgi.input"] = io.BufferedReader(self.body, BUFFER_SIZE)
+
+    # Answering
+
+    def refuse(self, error):
+        """Answer what is no request, and close the connection."""
+        self.started = time.perf_counter()
+        self.close_connection = True
+        self.version, self.is_head = 1, False
+        self.head_sent = False
+        body = json_bytes({"error": reason_phrase(error.status), "details": str(error)})
+        self.status, self.headers = "%d %s" % (error.status, reason_phrase(error.status)), [
+            ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        if error.status == 503:
+            self.headers.append(("Retry-After", "5"))
+        self.connection.send(self.head() + body)
+        log.info("refused a request: %d %s", error.status, error)
+
+    def run_application(self, environ):
+        self.version = int(environ["SERVER_PROTOCOL"] != "HTTP/1.0")
+        self.is_head = environ["REQUEST_METHOD"] == "HEAD"
+        self.status = self.headers = None
+        self.head_sent = self.chunked = self.probed = False
+        outcome = "-"
+        try:
+            result = self.server.application(environ, self.start_response)
+            try:
+                self.send_result(result)
+            finally:
+                if hasattr(result, "close"):
+                    result.close()
+            outcome = self.status[:3]
+        except Disconnected:
+            outcome = "%s, client gone" % (self.status or "")[:3]
+            raise
+        except Exception:
+            log.exception("the application failed")
+            self.close_connection = True
+            if not self.head_sent:
+                self.refuse(BadRequest(500, "the engine's log says more"))
+        finally:
+            self.log_request(environ, outcome)
+
+    def log_request(self, environ, outcome):
+        path = environ["PATH_INFO"]
+        level = logging.DEBUG if path in self.server.always and outcome == "200" else logging.INFO
+        if log.isEnabledFor(level):
+            log.log(level, "%s %s %s %.1f ms", environ["REQUEST_METHOD"],
+                    path if path.isprintable() else ascii(path), outcome,
+                    (time.perf_counter() - self.started) * 1000)
+
+    def start_response(self, status, headers, exc_info=None):
+        if exc_info is not None:
+            try:
+                if self.head_sent:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None             # PEP 3333: avoid a circular reference
+        elif self.headers is not None:
+            raise AssertionError("start_response was called twice")
+        self.status, self.headers = status, headers
+        return self.write
+
+    def send_result(self, result):
+        """Send what the application returned: a short answer in one packet, a stream in chunks."""
+        if isinstance(result, (list, tuple)) and len(result) <= 1:
+            body = result[0] if result else b""
+            if not self.is_head and not any(n.lower() == "content-length" for n, _ in self.headers):
+                self.headers.append(("Content-Length", str(len(body))))
+            self.connection.send(self.head() + (b"" if self.is_head else body))
+            return
+        for data in result:
+            if data:
+                self.write(data)
+            else:
+                self.look_after_client(result)
+        self.end_body()
+
+    def write(self, data):
+        """Send a piece of the body, the first with the head before it."""
+        head = b"" if self.head_sent else self.head()
+        if self.is_head:
+            self.connection.send(head)
+        elif self.chunked:
+            self.connection.send(b"%b%x\r\n%b\r\n" % (head, len(data), data))
+        else:
+            self.connection.send(head + data)
+
+    def end_body(self):
+        head = b"" if self.head_sent else self.head()
+        self.connection.send(head + (b"0\r\n\r\n" if self.chunked and not self.is_head else b""))
+
+    def head(self):
+        """The response's head; settles how its body ends, and whether the connection stays."""
+        self.head_sent = True
+        names = [name.lower() for name, _ in self.headers]
+        bodiless = self.is_head or self.status[:3] in ("204", "304")
+        self.chunked = self.version > 0 and not bodiless and "content-length" not in names
+        if bodiless and self.status[:3] != "200":
+            self.headers = [field for field in self.headers if field[0].lower() != "content-length"]
+        if not (bodiless or self.chunked or "content-length" in names):
+            self.close_connection = True    # 6.3: the end of the body is that of the connection
+        if self.server.closing or not (self.close_connection or self.body is None
+                                       or self.body.is_read()):
+            self.close_connection = True    # what is left of the request is no request (9.3)
+        lines = ["HTTP/1.1 %s\r\nDate: %s\r\nServer: replicas-engine\r\n"
+                 % (self.status, self.server.date())]
+        lines += ["%s: %s\r\n" % field for field in self.headers]
+        if self.chunked:
+            lines.append("Transfer-Encoding: chunked\r\n")
+        if self.close_connection:
+            lines.append("Connection: close\r\n")
+        elif self.version == 0:
+            lines.append("Connection: keep-alive\r\n")
+        head = "".join(lines)
+        expected = len(lines) + 2
+        if head.count("\n") != expected or head.count("\r") != expected or "\0" in head:
+            raise ValueError("a response field has a line end in it")
+        return head.encode("latin-1") + b"\r\n"
+
+    def look_after_client(self, result):
+        """While the application waits: is anybody still there to hear it?"""
+        gone = self.connection.has_hung_up()
+        if gone:
+            raise Disconnected("closed by the client")
+        if gone is None and not self.probed:
+            # To somebody who only ended his half a comment does no harm; if he is gone it brings
+            # the reset that the next look finds.
+            self.probed = True
+            probe = getattr(result, "keep_alive", b"")
+            if probe:
+                self.write(probe)
+
+
+TOO_MANY = BadRequest(503, "too many connections are open: see REPLICAS_ENGINE_MAX_CONNECTIONS")
+
+
+def check_partial_head(head):
+    """Refuse at once what can't become a head any more.  Raises BadRequest."""
+    line, crlf, _ = head.partition(b"\r\n")
+    if len(line) > MAX_REQUEST_LINE:
+        raise BadRequest(414, "the request line is longer than %d bytes" % MAX_REQUEST_LINE)
+    if len(head) >= MAX_HEAD:
+        raise BadRequest(431, "the head is larger than %d bytes" % MAX_HEAD)
+    if BARE_LINE_END.search(head):
+        raise BadRequest(400, "a line does not end in CRLF (RFC 9112, 2.2)")
+    if crlf:
+        parse_request_line(line)
+
+
+def parse_request_line(line):
+    """(method, target, minor version) of a request line (3).  Raises BadRequest."""
+    if len(line) > MAX_REQUEST_LINE:
+        raise BadRequest(414, "the request line is longer than %d bytes" % MAX_REQUEST_LINE)
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise BadRequest(400, "the request line is malformed (RFC 9112, 3)")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise BadRequest(400, "the protocol is not HTTP/1.1 or HTTP/1.0")
+    return method.decode(), target, min(int(minor), 1)      # RFC 9110, 2.5: 1.2 is as good as 1.1
+
+
+@functools.lru_cache(maxsize=1000)
+def environ_key(name):
+    """The environ's key for a field name (PEP 3333), or None.
+
+    A name with an underscore has none: it would be taken for the one with a hyphen.
+    """
+    key = name.decode().upper().replace("-", "_")
+    if b"_" in name:
+        return None
+    return key if key in ("CONTENT_LENGTH", "CONTENT_TYPE") else "HTTP_" + key
+
+
+def add_fields(environ, fields):
+    """Put the field lines (5) into the environ.  Raises BadRequest."""
+    if not FIELDS.fullmatch(fields):
+        raise BadRequest(400, "a field line is malformed (RFC 9112, 5)")
+    pairs = FIELD.findall(fields)
+    if len(pairs) > MAX_FIELDS:
+        raise BadRequest(431, "there are more than %d fields" % MAX_FIELDS)
+    for name, value in pairs:
+        key = environ_key(name)
+        value = value.strip(b" \t").decode("latin-1")
+        if key in environ:
+            if key in SINGLE_FIELDS:
+                raise BadRequest(400, "the field %s is given twice" % name.decode())
+            value = environ[key] + "," + value              # RFC 9110, 5.3
+        if key is not None:
+            environ[key] = value
+
+
+def check_host(value):
+    """(host, port) of a Host field or an authority.  Raises BadRequest."""
+    match = HOST.fullmatch(value)
+    host, port = match.groups() if match else (None, None)
+    try:
+        if host and host.startswith(b"["):
+            socket.inet_pton(socket.AF_INET6, host[1:-1].decode())
+    except OSError:
+        match = None
+    if not match or int(port or 0) > 65535:
+        raise BadRequest(400, "the Host is malformed (RFC 9110, 7.2)")
+    return host.lower(), int(port or 80)
+
+
+class WSGIServer(ThreadingHTTPServer):
+    """Serves a WSGI application on a listening socket, a thread a connection.
+
+    `max_connections` may be open; SPARE_CONNECTIONS more only for the paths in `always`, the newest
+    of them first, so that those answer even when streams have taken everything.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, listener, application, max_connections, always=()):
+        super().__init__(listener.getsockname(), WSGIRequestHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.server_address = listener.getsockname()
+        self.application = application
+        self.max_connections = max_connections
+        self.always = frozenset(always)
+        self.closing = False
+        self.last_look = time.monotonic()   # when the accept loop last came by
+        self._changed = threading.Condition()       # guards the two below
+        self._connections = {}              # socket -> its handler, or None before it has one
+        self._spare = {}
+        self._date = (0, "")
+        self._pause = threading.Event()
+        self._environ = {
+            "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False,
+            "wsgi.input_terminated": True, "SCRIPT_NAME": "", "GATEWAY_INTERFACE": "CGI/1.1",
+            "SERVER_SOFTWARE": "replicas-engine/" + __version__,
+            "SERVER_NAME": self.server_address[0], "SERVER_PORT": str(self.server_address[1])}
+
+    # Called by the handlers
+
+    def environ_of(self, client_address):
+        return {**self._environ, "REMOTE_ADDR": str(client_address[0]),
+                "REMOTE_PORT": str(client_address[1])}
+
+    def register(self, handler):
+        """A handler has begun; whether it may answer only the paths in `always`."""
+        with self._changed:
+            spare = handler.request not in self._connections
+            if not spare:
+                self._connections[handler.request] = handler
+            return spare
+
+    def date(self):
+        """The Date field's value (RFC 9110, 5.6.7), formatted once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            day = time.gmtime(now)
+            self._date = (now, "%s, %02d %s %04d %02d:%02d:%02d GMT" % (
+                ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[day[6]], day[2],
+                ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov",
+                 "Dec")[day[1] - 1], day[0], day[3], day[4], day[5]))
+        return self._date[1]
+
+    # Called by the accept loop
+
+    def service_actions(self):
+        self.last_look = time.monotonic()
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.error("a connection can't be taken: %s", error)
+                self._pause.wait(0.1)       # the connection stays in the queue: don't spin
+            raise
+
+    def process_request(self, request, client_address):
+        oldest = None
+        with self._changed:
+            if len(self._connections) < self.max_connections:
+                self._connections[request] = None
+            else:
+                if len(self._spare) >= SPARE_CONNECTIONS:
+                    oldest = next(iter(self._spare))
+                    del self._spare[oldest]
+                self._spare[request] = None
+        if oldest:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RD)     # so that its thread sends its 503 now
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:       # no thread could be started
+            log.error("a connection can't be served: %s", error)
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request):
+        self.close_request(request)
+        with self._changed:
+            self._connections.pop(request, None)
+            self._spare.pop(request, None)
+            self._changed.notify_all()
+
+    def handle_error(self, request, client_address):
+        log.exception("a connection failed")
+
+    # Ending
+
+    def close(self, timeout, keep_queue=False):
+        """Take no more connections and wait for the answers under way, `timeout` seconds at most.
+
+        Who waits in the socket's queue is still served, unless `keep_queue`: somebody else, who
+        has the socket too, will see to them.
+        """
+        self.shutdown()
+        self.closing = True
+        if not keep_queue:
+            self.socket.setblocking(False)
+            with contextlib.suppress(OSError):
+                while True:
+                    self.process_request(*self.socket.accept())
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while self._connections or self._spare:
+                for sock, handler in self._connections.items():
+                    if handler and handler.idle:
+                        with contextlib.suppress(OSError):
+                            sock.shutdown(socket.SHUT_RD)
+                if not self._changed.wait(min(0.1, deadline - time.monotonic())):
+                    if time.monotonic() >= deadline:
+                        break
+        self.socket.close()
+
+
+def listen(host, port):
+    """A listening socket; by default on every interface, IPv4 and IPv6.  Raises OSError."""
+    if host is None and socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024,
+                                    dualstack_ipv6=True)
+    family, _, _, _, address = socket.getaddrinfo(
+        host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address[:2], family=family, backlog=1024)
+
+
+# ---------------------------------------------------------------------------------------------
+# systemd
+# ---------------------------------------------------------------------------------------------
+
+def notify(message):
+    """sd_notify(3): tell systemd, if it started us."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect("\0" + address[1:] if address.startswith("@") else address)
+            sock.sendall(message.encode())
+
+
+def systemd_listener():
+    """The listening socket that systemd passed us (sd_listen_fds(3)), or None."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS"):
+        return None
+    listener = socket.socket(fileno=3)
+    listener.set_inheritable(False)
+    listener.setblocking(True)
+    return listener
+
+
+def watchdog_interval():
+    """Seconds between two signs of life that systemd expects at most twice as far apart, or None
+    (sd_watchdog_enabled(3))."""
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()) or not usec.isdigit():
+        return None
+    return int(usec) / 2000000
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+WATCHDOG_LIMIT = 10.0                      # seconds after which a silent accept loop has hung
+CLOSE_TIMEOUT = 3.0                        # seconds that answers have to be finished at the end
+
+
+def serve(settings):
+    """Run the engine until SIGTERM, SIGINT or SIGHUP; the exit status."""
+    events = SimpleQueue()
+    catch_signals(events)
+    app = Application(settings)
+    inherited = systemd_listener()
+    try:
+        listener = inherited or listen(settings.host, settings.port)
+    except OSError as error:
+        log.error("can't listen on port %d of %s: %s", settings.port,
+                  settings.host or "every interface", error.strerror or error)
+        return 1
+    try:
+        app.open()
+    except (OSError, StateInUse) as error:
+        log.error("the state directory can't be used: %s", error)
+        return 1
+    server = WSGIServer(listener, app, settings.max_connections, always=("/health",))
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    log.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
+             server.server_address[1], settings.host or "every interface", os.getpid())
+    if settings.secret is None:
+        log.warning("REPLICAS_ENGINE_SECRET is not set: nothing but /health will be answered")
+    app.runner.changed = lambda: events.put("turn")
+    notify("READY=1\nSTATUS=Idle")
+    wait_for_stop(events, server, app.runner)
+    log.info("stopping")
+    notify("STOPPING=1")
+    app.runner.close()
+    server.close(CLOSE_TIMEOUT, keep_queue=inherited is not None)
+    log.info("stopped")
+    return 0
+
+
+def catch_signals(events):
+    """Put what comes into `events`; a second request to stop is obeyed at once."""
+    stops = []
+
+    def stop(number, frame):
+        if stops:
+            os._exit(128 + number)
+        stops.append(number)
+        events.put("stop")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:   # nohup
+            signal.signal(number, stop)
+    signal.signal(signal.SIGCHLD, lambda number, frame: events.put("child"))
+
+
+def wait_for_stop(events, server, runner):
+    interval = watchdog_interval()
+    while True:
+        try:
+            event = events.get(timeout=interval)
+        except Empty:
+            event = "watchdog"
+        if event == "stop":
+            return
+        if event == "child":
+            reap_orphans()
+        if event == "turn":
+            notify("STATUS=Running turn %d" % runner.latest if runner.is_running()
+                   else "STATUS=Idle")
+        if interval and time.monotonic() - server.last_look < WATCHDOG_LIMIT:
+            notify("WATCHDOG=1")
+
+
+def check(settings):
+    """Say whether everything is there that a turn needs; the exit status, 0 or 1."""
+    results = [_check_codex(settings), _check_key(settings), _check_secret_set(settings),
+               _check_folder("workspace", settings.workspace, "WORKSPACE_HOME"),
+               _check_folder("state", settings.state, "REPLICAS_ENGINE_STATE", make=True),
+               _check_port(settings)]
+    for good, what in results:
+        print("%-7s %s" % ("ok" if good else "MISSING", what))
+    return 0 if all(good for good, _ in results) else 1
+
+
+def _check_codex(settings):
+    finder = CodexFinder(settings)
+    try:
+        codex = finder.find()
+    except HTTPError as error:
+        return False, "codex: %s: %s" % (error.body["error"], error.body["details"])
+    version = finder.version(codex)
+    if version is None:
+        return False, "codex: %s does not say its version" % codex.program
+    return True, "codex: %s, version %s" % (codex.program, version)
+
+
+def _check_key(settings):
+    for name in ("CODEX_API_KEY", "OPENAI_API_KEY"):
+        if settings.env.get(name):
+            return True, "key: %s" % name
+    login = os.path.join(settings.codex_home, "auth.json")
+    if os.access(login, os.R_OK):
+        return True, "key: the login in %s" % login
+    return False, ("key: set OPENAI_API_KEY or CODEX_API_KEY, or log in with `codex login` "
+                   "(there is no %s)" % login)
+
+
+def _check_secret_set(settings):
+    if settings.secret:
+        return True, "secret: REPLICAS_ENGINE_SECRET is set"
+    return False, "secret: set REPLICAS_ENGINE_SECRET, or nothing but /health will be answered"
+
+
+def _check_folder(name, path, variable, make=False):
+    try:
+        if make:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
+            return True, "%s: %s" % (name, path)
+        problem = "is no directory that can be written"
+    except OSError as error:
+        problem = error.strerror
+    return False, "%s: %s: %s; make it, or set %s" % (name, path, problem, variable)
+
+
+def _check_port(settings):
+    try:
+        listen(settings.host, settings.port).close()
+        return True, "port: %d is free" % settings.port
+    except OSError as error:
+        problem = error.strerror or str(error)
+    try:
+        with socket.create_connection((settings.host or "localhost", settings.port), 5) as sock:
+            sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
+                return True, "port: an engine answers on %d" % settings.port
+    except OSError:
+        pass
+    return False, "port: %d: %s; set PORT to another" % (settings.port, problem)
+
+
+def main(arguments):
+    """The command line; the exit status."""
+    start_logging(os.environ, development=False)
+    prctl(PR_SET_DUMPABLE, 0)               # nobody of the same user reads our secret or memory
+    options = parse_command_line(arguments) if arguments else None
+    try:
+        settings = Settings.from_process()
+    except SettingsError as error:
+        log.error("%s", error)
+        return 2
+    start_logging(os.environ, settings.development)
+    return check(settings) if options and options.check else serve(settings)
+
+
+def parse_command_line(arguments):
+    import argparse                         # not needed by the service, and not cheap
+    parser = argparse.ArgumentParser(
+        prog="replicas_engine.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Drive the Codex CLI on this machine over HTTP.",
+        epilog="Without options it serves.  Settings are environment variables, or lines of a "
+               "file .env in\nthe working directory: REPLICAS_ENGINE_SECRET, PORT, WORKSPACE_HOME, "
+               "CODEX_PATH and more;\nREADME.md lists them all.")
+    parser.add_argument("--check", action="store_true",
+                        help="say whether everything is there that a turn needs, and exit 0 or 1")
+    parser.add_argument("--version", action="version", version="replicas-engine " + __version__)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

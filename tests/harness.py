@@ -1,0 +1,298 @@
+"""What the tests share: engines as processes, clients that read streams, waiting for conditions."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
+MODULE = os.path.join(ROOT, "replicas_engine.py")
+STAND_IN_CODEX = os.path.join(TESTS, "stand_in_codex")
+STAND_IN_MODEL = os.path.join(TESTS, "stand_in_model")
+RECORDINGS = os.path.join(TESTS, "codex-runs")
+SECRET = "correct horse battery staple"
+PATIENCE = 60.0                     # seconds until a condition that must come has failed to
+
+
+def wait_for(condition, what="", patience=PATIENCE):
+    """The first true value of `condition()`; fails after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, "waited %d s for %s" % (patience, what or condition)
+        time.sleep(0.01)
+
+
+def script(*steps):
+    """The message that makes tests/stand_in_codex do `steps`."""
+    return json.dumps({"stand_in": list(steps)})
+
+
+def recordings():
+    """(version, scenario) of every recorded run."""
+    return sorted((version, name[:-len(".stdout.jsonl")])
+                  for version in os.listdir(RECORDINGS)
+                  if os.path.isdir(os.path.join(RECORDINGS, version))
+                  for name in os.listdir(os.path.join(RECORDINGS, version))
+                  if name.endswith(".stdout.jsonl"))
+
+
+def recording(version, scenario, part="stdout.jsonl"):
+    with open(os.path.join(RECORDINGS, version, "%s.%s" % (scenario, part)), "rb") as file:
+        return file.read()
+
+
+def codex_program(version):
+    """The real Codex of that version as tests/run installed it, or None."""
+    program = os.path.join(ROOT, ".cache", "codex", version, "node_modules", ".bin", "codex")
+    return program if os.path.exists(program) else None
+
+
+class Event:
+    """One server-sent event, as the HTML standard reads it (9.2.6)."""
+
+    def __init__(self, lines):
+        self.lines = lines
+        fields = [line.partition(": ") for line in lines]
+        self.id = next((value for name, _, value in fields if name == "id"), None)
+        self.type = next((value for name, _, value in fields if name == "event"), "message")
+        self.data = "\n".join(value for name, _, value in fields if name == "data")
+
+    def json(self):
+        return json.loads(self.data)
+
+    def __repr__(self):
+        return "<%s %s %.100s>" % (self.id, self.type, self.data)
+
+    def __eq__(self, other):
+        return self.lines == other.lines
+
+
+def parse_events(body):
+    """The events of a whole stream (bytes); comments are passed over."""
+    text = body.decode("utf-8")
+    assert text == "" or text.endswith("\n\n"), "the stream breaks off: %r" % text[-200:]
+    blocks = ([line for line in block.split("\n") if line and not line.startswith(":")]
+              for block in text.split("\n\n"))
+    return [Event(lines) for lines in blocks if lines]
+
+
+def read_events(response):
+    """The events of a live stream, one by one, as they come."""
+    lines = []
+    while True:
+        line = response.readline()
+        if not line:
+            return
+        line = line.decode("utf-8").rstrip("\n")
+        if line and not line.startswith(":"):
+            lines.append(line)
+        elif not line and lines:
+            yield Event(lines)
+            lines = []
+
+
+def check_stream(events):
+    """What holds of every whole stream: ids without gaps, one ending, then `done`."""
+    turn = events[0].id.partition(".")[0]
+    assert [event.id for event in events] == ["%s.%d" % (turn, n + 1) for n in range(len(events))]
+    types = [event.type for event in events]
+    assert types[-1] == "done" and events[-1].data == "{}"
+    assert types.count("done") == 1
+    assert sum(kind in ("turn.completed", "turn.failed") for kind in types) == 1
+    assert types[-2] in ("turn.completed", "turn.failed")
+    return events
+
+
+class Answer:
+    """A whole HTTP answer."""
+
+    def __init__(self, response):
+        self.status = response.status
+        self.headers = response.headers
+        self.body = response.read()
+
+    def json(self):
+        return json.loads(self.body.decode("utf-8"))
+
+    def events(self):
+        return parse_events(self.body)
+
+
+class Engine:
+    """An engine as a process of its own, with a home, a CODEX_HOME and a workspace of its own."""
+
+    def __init__(self, folder, **env):
+        self.folder = str(folder)
+        self.home = os.path.join(self.folder, "home")
+        self.codex_home = os.path.join(self.home, ".codex")
+        self.workspace = os.path.join(self.folder, "workspace")
+        self.state = os.path.join(self.folder, "state")
+        self.tmp = os.path.join(self.folder, "tmp")
+        for path in (self.codex_home, self.workspace, self.tmp):
+            os.makedirs(path, exist_ok=True)
+        self.env = {
+            "PATH": os.pathsep.join([os.path.dirname(sys.executable), "/usr/local/bin", "/usr/bin",
+                                     "/bin"]),
+            "HOME": self.home, "TMPDIR": self.tmp, "LANG": "C.UTF-8", "TZ": "UTC",
+            "HOST": "127.0.0.1", "PORT": "0", "REPLICAS_ENGINE_SECRET": SECRET,
+            "WORKSPACE_HOME": self.workspace, "REPLICAS_ENGINE_STATE": self.state,
+            "CODEX_HOME": self.codex_home, "CODEX_PATH": STAND_IN_CODEX}
+        self.env.update(env)
+        self.env = {name: value for name, value in self.env.items() if value is not None}
+        self.log_path = os.path.join(self.folder, "engine.log")
+        self.process = None
+        self.port = None
+
+    # The process
+
+    def start(self, wait=True):
+        begin = os.path.getsize(self.log_path) if os.path.exists(self.log_path) else 0
+        with open(self.log_path, "ab") as log_file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", MODULE], env=self.env, cwd=self.folder,
+                stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
+        if wait:
+            def listening():
+                assert self.process.poll() is None, "the engine ended:\n" + self.log()[begin:]
+                return re.search(r"is listening on port (\d+)", self.log()[begin:])
+            self.port = int(wait_for(listening, "the engine to listen").group(1))
+        return self
+
+    def log(self):
+        with open(self.log_path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def stop(self, number=signal.SIGTERM):
+        """Stop it; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=PATIENCE)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self):
+        self.stop()
+        return self.start()
+
+    # HTTP
+
+    def connect(self, timeout=PATIENCE):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+
+    def open(self, method, path, body=None, headers=None, secret=SECRET):
+        """The connection and the response, whose body is still to be read."""
+        connection = self.connect()
+        headers = dict(headers or {})
+        if secret is not None:
+            headers.setdefault("X-Replicas-Engine-Secret", secret)
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body)
+        connection.request(method, path, body, headers)
+        return connection, connection.getresponse()
+
+    def request(self, method, path, body=None, headers=None, secret=SECRET):
+        connection, response = self.open(method, path, body, headers, secret)
+        try:
+            return Answer(response)
+        finally:
+            connection.close()
+
+    def get(self, path, **headers):
+        return self.request("GET", path, headers=headers)
+
+    def post(self, path, body=None, **headers):
+        return self.request("POST", path, body, headers)
+
+    def send(self, message, **options):
+        """A whole turn: its events, checked."""
+        answer = self.post("/codex/send", dict(options, message=message))
+        assert answer.status == 200, (answer.status, answer.body)
+        return check_stream(answer.events())
+
+    def start_turn(self, message, **options):
+        """Start a turn and don't wait for it: its id."""
+        answer = self.request("POST", "/codex/send", dict(options, message=message),
+                              {"Prefer": "respond-async"})
+        assert answer.status == 202, (answer.status, answer.body)
+        return answer.json()["turn_id"]
+
+    def events(self, turn=None, after=None):
+        """The stream of a turn to its end."""
+        query = ["%s=%s" % pair for pair in (("turn", turn), ("after", after)) if pair[1]]
+        answer = self.get("/codex/events" + ("?" + "&".join(query) if query else ""))
+        assert answer.status == 200, (answer.status, answer.body)
+        return answer.events()
+
+    def status(self):
+        return self.get("/codex/status").json()
+
+    def wait_for_turn(self):
+        """Wait until no turn is in progress; the last one's status."""
+        def over():
+            turn = self.status()["turn"]
+            return turn if turn and turn["status"] != "running" else None
+        return wait_for(over, "the turn's end")
+
+    # What the stand-in Codex was started with
+
+    def calls(self):
+        """The stand-in's record of its starts by `exec`, oldest first."""
+        return [call for call in self._stand_in_log() if call.get("argv", [""])[:1] == ["exec"]]
+
+    def prompts(self):
+        return [call["prompt"] for call in self._stand_in_log() if "prompt" in call]
+
+    def _stand_in_log(self):
+        try:
+            with open(os.path.join(self.codex_home, "stand_in.log"), encoding="utf-8") as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
+
+
+def processes_with(variable, value):
+    """The pids of all processes that have `variable=value` in their environment."""
+    found, wanted = [], ("\0%s=%s\0" % (variable, value)).encode()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open("/proc/%s/environ" % name, "rb") as file:
+                    if wanted in b"\0" + file.read():
+                        found.append(int(name))
+            except OSError:
+                pass
+    return found
+
+
+def is_alive(pid):
+    """Whether the process runs; a zombie does not."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def raw(port, data, timeout=PATIENCE, half_close=False):
+    """Send bytes on a new connection; everything that comes until the server closes it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
+        sock.sendall(data)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        answer = b""
+        while True:
+            piece = sock.recv(65536)
+            if not piece:
+                return answer
+            answer += piece

@@ -1,0 +1,264 @@
+"""stand_in_codex itself: that it does what the recorded runs of the real Codex did."""
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+STAND_IN = HERE / "stand_in_codex"
+RUNS = HERE / "codex-runs"
+RECORDED = sorted(str(path.relative_to(RUNS))[:-len(".run.json")]
+                  for path in RUNS.glob("*/*.run.json"))
+UNKNOWN = "01a2021d-0000-7000-8000-000000000000"
+OLD_AND_NEW = ("0.50.0", "0.98.0", "0.169.0")
+
+
+class Codex:
+    """Starts the stand-in with a CODEX_HOME of its own."""
+
+    def __init__(self, home):
+        self.home = home
+
+    def start(self, *words, version="0.169.0"):
+        env = dict(os.environ, CODEX_HOME=str(self.home), STAND_IN_CODEX_VERSION=version)
+        return subprocess.Popen([sys.executable, str(STAND_IN), *words], env=env,
+                                cwd=str(self.home), stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def exec(self, prompt, *words, version="0.169.0"):
+        """Run one turn to its end; return its process with `out` and `err`."""
+        process = self.start("exec", "--json", *words, version=version)
+        process.out, process.err = process.communicate(prompt.encode(), timeout=60)
+        return process
+
+    def steps(self, *steps, version="0.169.0"):
+        return self.exec(json.dumps({"stand_in": steps}), version=version)
+
+    def rollouts(self):
+        return sorted(self.home.glob("sessions/*/*/*/rollout-*.jsonl"))
+
+    def log(self):
+        return [json.loads(line) for line in (self.home / "stand_in.log").read_text().splitlines()]
+
+
+@pytest.fixture
+def codex(tmp_path):
+    return Codex(tmp_path)
+
+
+def events(out):
+    return [json.loads(line) for line in out.split(b"\n")[:-1]]
+
+
+def shape(value):
+    """The keys of an object in their order, down to the leaves."""
+    return [(key, shape(inner)) for key, inner in value.items()] if isinstance(value, dict) else ""
+
+
+def recorded(name, ending):
+    return (RUNS / (name + ending)).read_bytes()
+
+
+def gone(pid):
+    try:
+        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_replay_is_the_recorded_run(codex, name):
+    run = codex.steps({"replay": name})
+    assert run.out == recorded(name, ".stdout.jsonl")
+    assert run.err == recorded(name, ".stderr.txt")
+    assert run.returncode == json.loads(recorded(name, ".run.json"))["exit_status"]
+
+
+@pytest.mark.parametrize("version", OLD_AND_NEW)
+def test_an_ordinary_turn_has_the_recorded_shape(codex, version):
+    run = codex.exec("one", version=version)
+    turn1 = recorded(version + "/turn1", ".stdout.jsonl")
+    assert [shape(event) for event in events(run.out)] == [shape(event) for event in events(turn1)]
+    assert [event["type"] for event in events(run.out)] == [e["type"] for e in events(turn1)]
+    assert all(line.startswith(b'{"type":"') and b": " not in line.replace(b"said: ", b"")
+               for line in run.out.splitlines())
+    assert (run.returncode, run.err) == (0, b"Reading prompt from stdin...\n")
+
+
+def test_a_resume_appends_to_the_rollout(codex):
+    thread_id = events(codex.exec("one").out)[0]["thread_id"]
+    path, = codex.rollouts()
+    assert path.name.endswith("-%s.jsonl" % thread_id)
+    before = path.read_text()
+    again = codex.exec("two\u2028", "resume", thread_id)
+    assert events(again.out)[0]["thread_id"] == thread_id
+    assert codex.rollouts() == [path] and path.read_text().startswith(before)
+    lines = events(path.read_bytes())
+    assert lines[0]["type"] == "session_meta" and lines[0]["payload"]["id"] == thread_id
+    texts = [line["payload"]["content"][0]["text"] for line in lines
+             if line["type"] == "response_item"]
+    assert texts == ["one", "You said: one", "two\u2028", "You said: two\u2028"]
+
+
+@pytest.mark.parametrize("version", OLD_AND_NEW)
+@pytest.mark.parametrize("prompt", ("one", '{"stand_in": [{"thread": "resume"}]}'))
+def test_an_unknown_thread(codex, version, prompt):
+    run = codex.exec(prompt, "resume", UNKNOWN, version=version)
+    name = version + "/resume_unknown_uuid"
+    assert run.returncode == json.loads(recorded(name, ".run.json"))["exit_status"]
+    if version == "0.169.0":
+        assert run.out == b"" and run.err.splitlines()[-1] == recorded(
+            name, ".stderr.txt").splitlines()[-1]
+    else:
+        assert events(run.out)[0]["thread_id"] != UNKNOWN
+
+
+@pytest.mark.parametrize("version", OLD_AND_NEW)
+def test_a_missing_directory(codex, version):
+    run = codex.exec("one", "--cd", str(codex.home / "none"), version=version)
+    name = version + "/cd_missing"
+    assert run.returncode == json.loads(recorded(name, ".run.json"))["exit_status"]
+    assert run.err == recorded(name, ".stderr.txt")
+
+
+@pytest.mark.parametrize("words", (
+    ["--colour", "red"], ["--model"], ["--sandbox", "none"], ["resume"],
+    ["resume", UNKNOWN, "--sandbox", "read-only"], ["resume", UNKNOWN, "the prompt"]))
+def test_usage_errors(codex, words):
+    run = codex.exec("one", *words)
+    assert (run.returncode, run.out) == (2, b"") and run.err.startswith(b"error: ")
+
+
+def test_options_and_calls_are_recorded(codex):
+    words = ["--model", "m", "--model=m", "--sandbox", "read-only", "--skip-git-repo-check",
+             "--cd", str(codex.home), "--config", 'a="b"', "-c", "c=d", "--add-dir", "/"]
+    assert codex.exec("one", *words).returncode == 0
+    call, prompt = codex.log()
+    assert call["argv"] == ["exec", "--json"] + words and call["cwd"] == str(codex.home)
+    assert call["env"]["CODEX_HOME"] == str(codex.home)
+    assert prompt == {"pid": call["pid"], "prompt": "one"}
+
+
+def test_image_before_resume_swallows_it_and_after_it_is_for_new_versions(codex):
+    thread_id = events(codex.exec("one").out)[0]["thread_id"]
+    after = ("resume", thread_id, "--image", "a.png", "b.png")
+    assert events(codex.exec("two", *after).out)[0]["thread_id"] == thread_id
+    assert codex.exec("two", *after, version="0.50.0").returncode == 2
+    swallowed = codex.exec("two", "--image", "a.png", "resume", thread_id)
+    assert events(swallowed.out)[0]["thread_id"] != thread_id
+
+
+def test_versions_and_an_empty_prompt(codex):
+    assert codex.start("--version").communicate()[0] == b"codex-cli 0.169.0\n"
+    (codex.home / "stand_in_version").write_text("0.1.2\n")
+    assert codex.start("--version", version="").communicate()[0] == b"codex-cli 0.1.2\n"
+    run = codex.exec(" \n")
+    assert (run.returncode, run.out) == (1, b"") and b"No prompt" in run.err
+
+
+def test_steps_that_print(codex):
+    run = codex.steps({"thread": UNKNOWN}, {"event": {"a": "\u2028", "type": "x"}}, {"line": "no"},
+                      {"raw_base64": base64.b64encode(b"\xff\n").decode()},
+                      {"bytes": {"n": 3, "prefix": "<", "suffix": ">\n"}},
+                      {"big": {"type": "item.completed", "size": 300000}},
+                      {"count": {"n": 3, "size": 200}}, {"stderr": "e"}, {"stderr_bytes": 70000},
+                      {"rollout_line": "{bad"}, {"complete": True}, {"fail": "m"})
+    lines = run.out.split(b"\n")
+    assert lines[1:5] == ['{"type":"x","a":"\u2028"}'.encode(), b"no", b"\xff", b"<xxx>"]
+    assert len(json.loads(lines[5])["item"]["text"]) == 300000
+    assert [json.loads(line)["item"]["text"].split()[0] for line in lines[6:9]] == ["0", "1", "2"]
+    assert [len(line) for line in lines[6:9]] == [199] * 3
+    assert [json.loads(line)["type"] for line in lines[9:12]] == ["turn.completed", "error",
+                                                                  "turn.failed"]
+    assert run.returncode == 1 and len(run.err) == 70002
+    assert codex.rollouts()[0].read_text().endswith("{bad\n")
+
+
+def test_a_script_in_a_file_leaves_stdin_alone(codex):
+    (codex.home / "stand_in.json").write_text('{"stand_in": [{"line": "a"}, {"exit": 3}]}')
+    run = codex.exec("one")
+    assert (run.returncode, run.out, run.err, len(codex.log())) == (3, b"a\n", b"", 1)
+    (codex.home / "stand_in.json").write_text('{"stand_in": [{"read_stdin": true}]}')
+    assert codex.exec("x" * 20000).returncode == 0
+    assert codex.log()[-1]["prompt_length"] == 20000
+
+
+def test_what_is_no_step_runs_nothing(codex):
+    for step in ({"lime": 1}, {}, "line", {"line": "a", "exit": 1}):
+        run = codex.steps({"line": "a"}, step)
+        assert (run.returncode, run.out) == (98, b"") and b"unknown step" in run.err
+    assert codex.steps({"line": 1}).returncode == 98
+
+
+@pytest.mark.parametrize("version, status", (("0.98.0", 0), ("0.169.0", 1)))
+def test_sigint(codex, version, status):
+    ready = str(codex.home / "ready")
+    process = codex.start("exec", "--json", version=version)
+    process.stdin.write(json.dumps({"stand_in": [
+        {"thread": "new"}, {"on_sigint_print": {"type": "x"}}, {"touch": ready},
+        {"wait_for": str(codex.home / "never")}]}).encode())
+    process.stdin.close()
+    wait_until(lambda: os.path.exists(ready))
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.read().endswith(b'\n{"type":"x"}\n') and process.wait(30) == status
+    assert events(codex.rollouts()[0].read_bytes())[-1]["payload"]["type"] == "turn_aborted"
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_endings(codex):
+    assert codex.steps({"kill": "SIGKILL"}).returncode == -signal.SIGKILL
+    assert codex.steps({"ignore": ["SIGTERM"]}, {"kill": "SIGTERM"}).returncode == 0
+    run = codex.steps({"line": "a"}, {"close_stdout": True}, {"line": "b"})
+    assert (run.returncode, run.out) == (0, b"a\n")
+    process = codex.start("exec", "--json")
+    process.stdout.close()
+    _, process.err = process.communicate(b"one")
+    assert process.returncode == 101 and b"panicked" in process.err
+
+
+def test_children(codex):
+    pidfile = codex.home / "pids"
+    spec = {"argv": ["sleep", "60"], "stdout": "null", "pidfile": str(pidfile)}
+    codex.steps({"spawn": spec}, {"spawn": dict(spec, session=True, double_fork=True)},
+                {"spawn": dict(spec, clean_env=True, ignore=["SIGTERM"])})
+    plain, orphan, bare = [int(line) for line in pidfile.read_text().split()]
+    try:
+        for pid in (plain, orphan, bare):
+            assert Path("/proc/%d/cmdline" % pid).read_bytes() == b"sleep\x0060\x00"
+        assert os.getsid(plain) == os.getsid(0) != os.getsid(orphan)
+        assert b"CODEX_HOME=" in Path("/proc/%d/environ" % orphan).read_bytes()
+        assert Path("/proc/%d/environ" % bare).read_bytes() == b""
+        os.kill(plain, signal.SIGTERM)
+        os.kill(bare, signal.SIGTERM)
+        wait_until(lambda: gone(plain))
+        assert not gone(bare)
+    finally:
+        for pid in (plain, orphan, bare):
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
+    run = codex.steps({"spawn": {"argv": ["/no/such/program"]}})
+    assert run.returncode == 98 and b"FileNotFoundError" in run.err
+
+
+def test_a_chain_of_forks_ends_by_itself(codex):
+    pidfile = codex.home / "pids"
+    codex.steps({"spawn_forks": {"n": 20, "seconds": 0.5, "pidfile": str(pidfile)}},
+                {"sleep": 0.1})
+    wait_until(lambda: len(pidfile.read_text().split()) > 5)
+    time.sleep(1)
+    pids = pidfile.read_text().split()
+    assert len(set(pids)) == len(pids) <= 20 and all(gone(int(pid)) for pid in pids)
