@@ -32,6 +32,7 @@ Processes, Turn and CodexRunner, Application, WSGI server, systemd, Command line
 
 import base64
 import binascii
+import codecs
 import collections
 import contextlib
 import copy
@@ -65,7 +66,6 @@ import uuid
 import zlib
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from queue import Empty, SimpleQueue
 from socketserver import BaseRequestHandler
 
 __version__ = "0.2.0"
@@ -482,6 +482,7 @@ def check_secret(request, secret):
 EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
 EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
 TERMINAL = ("turn.completed", "turn.failed")
+DONE = (b"done", b"{}")
 READ_SIZE = 256 * 1024                     # bytes read at once from a pipe or a file
 KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
 CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether the client is there
@@ -490,9 +491,10 @@ CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether t
 class TurnLog:
     """The events of one turn in a file: one writer, any number of readers.
 
-    `append` belongs to one thread; everything else may be called from any.  While the disk is
-    full the end of the log is kept in memory, where readers find it too; the writer is expected
-    to take on nothing more until `flush` says that it is written.
+    `append` belongs to one thread; everything else may be called from any.  An event is published
+    when it is written, so that nobody knows of one that `kill -9` could take back.  While the disk
+    is full the end of the log is kept in memory, and the writer is expected to take on nothing more
+    until `flush` says that it is written; the end of a finished log is published all the same.
     """
 
     def __init__(self, path):
@@ -502,10 +504,12 @@ class TurnLog:
         self.thread_id = None       # the turn's own, else the one that it was meant to resume
         self.start = 0              # where the first event begins: behind the header
         self.changed = threading.Condition()    # guards the three below, notified when they change
-        self.size = 0               # bytes, those in memory included
-        self.last = 0               # the number of the last event
+        self.size = 0               # bytes that are published
+        self.last = 0               # the number of the last event published
         self.finished = False       # `done` was the last event
+        self.appended = 0           # the number of the last event appended
         self._tail = (0, b"")       # bytes in the file, and those that it could not take yet
+        self._full = False          # the last try to write failed
         self._fd = None             # open only in the writer
 
     @classmethod
@@ -549,6 +553,7 @@ class TurnLog:
             turn_log._tail = (turn_log.size, b"")
             if turn_log.size > turn_log.start:
                 turn_log.last, kind, _ = turn_log.events_at_end(1)[-1]
+                turn_log.appended = turn_log.last
                 turn_log.finished = kind == "done"
                 turn_log._find_thread()
         return turn_log
@@ -564,33 +569,57 @@ class TurnLog:
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         os.ftruncate(self._fd, self._tail[0])
 
-    def append(self, events, finished=False):
-        """Number, write and publish `events`, pairs of a type and its data (both bytes)."""
-        first = self.last + 1
+    def append(self, events):
+        """Number and write `events`, pairs of a type and its data (both bytes)."""
+        self._add(events)
+        self.flush()
+
+    def finish(self, before_publishing):
+        """Append `done`; the callable is called when it is written and nobody knows it yet."""
+        self._add([DONE])
+        self.close()
+        before_publishing()
+        self._publish(finished=True)
+
+    def _add(self, events):
+        first = self.appended + 1
         data = b"".join([
             EVENT % (self.turn_id, number, kind,
                      text.replace(b"\r", b"\ndata: ") if b"\r" in text else text)
             for number, (kind, text) in enumerate(events, first)])
         written, rest = self._tail
         self._tail = (written, rest + data)
-        self.flush()
+        self.appended += len(events)
+
+    def _publish(self, finished=False):
+        written, rest = self._tail
         with self.changed:
-            self.size += len(data)
-            self.last += len(events)
+            self.size = written + len(rest)
+            self.last = self.appended
             self.finished = finished
             self.changed.notify_all()
 
     def flush(self):
-        """Write what is still only in memory; False while the file can't take it all."""
+        """Write and publish what is still only in memory; False while the file can't take it."""
+        if self._tail[1]:
+            if not self._write():
+                return False
+            self._publish()
+        return True
+
+    def _write(self):
         written, rest = self._tail
         while rest:
             try:
                 count = os.write(self._fd, rest)
             except OSError as error:
-                log.error("turn %d: its log can't be written: %s", self.turn_id, error)
+                if not self._full:          # once, and not with every try
+                    log.error("turn %d: its log can't be written: %s", self.turn_id, error)
+                self._full = True
                 return False
             written, rest = written + count, rest[count:]
             self._tail = (written, rest)
+        self._full = False
         return True
 
     def sync(self):
@@ -599,10 +628,14 @@ class TurnLog:
             os.fsync(self._fd)
 
     def close(self):
-        """The writer's end of it; what could not be written stays readable in memory."""
-        if self._fd is not None:
+        """Give the file up, unless there is something that it could not take yet: then False."""
+        if self._fd is not None and self._write():
             os.close(self._fd)
             self._fd = None
+        return self._fd is None
+
+    def is_closed(self):
+        return self._fd is None
 
     def read(self, offset, limit, file=None):
         """Up to `limit` bytes from `offset` on; b"" at the end of what there is now."""
@@ -610,6 +643,7 @@ class TurnLog:
             if file is None:
                 file = stack.enter_context(open(self.path, "rb", buffering=0))
             written, rest = self._tail
+            limit = min(limit, self.size - offset)
             if offset < written:
                 return os.pread(file.fileno(), min(limit, written - offset), offset)
             return rest[offset - written:offset - written + limit]
@@ -737,9 +771,6 @@ def failure(message, code):
                                          "error": {"message": message, "code": code}}))]
 
 
-DONE = (b"done", b"{}")
-
-
 class EventStream:
     """A WSGI body: a log's bytes from `offset` on, live until the turn is done.
 
@@ -803,6 +834,8 @@ def thread_id_of(event):
 # or none (0.50), and whatever loses its parent leaves the tree, so neither process group nor tree
 # tells.  Two things do: an environment variable that every descendant inherits, and that the
 # engine is the subreaper of its descendants (prctl(2)), so that orphans become its children.
+# Every turn begins a session, so the process group of one of its processes is its own altogether:
+# signals go to groups, lest somebody who forks all the time is a new process before each arrives.
 
 MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36     # <linux/prctl.h>
@@ -843,20 +876,23 @@ def start_process(argv, **options):
 def reap_orphans():
     """Wait for the dead among the processes that became ours because we are their subreaper."""
     with _starting:
+        with contextlib.suppress(ChildProcessError):
+            if not os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return                      # nobody is dead: the usual case, and a cheap one
         for pid, entry in process_table().items():
             if entry.state == b"Z" and entry.parent == os.getpid() and pid not in _own_children:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
 
 
-Process = collections.namedtuple("Process", "parent state started")
+Process = collections.namedtuple("Process", "parent group state started")
 
 
 def process_table():
     """{pid: Process} of all that run, from /proc/<pid>/stat (proc(5)); `started` tells two
     processes apart that had the same pid: clock ticks since the machine's boot."""
     table = {}
-    for name in os.listdir("/proc"):
+    for name in reversed(os.listdir("/proc")):      # the newest first: they may be the shortest-lived
         if name.isdigit():
             entry = process(name)
             if entry.started is not None:
@@ -868,9 +904,9 @@ def process(pid):
     """The Process that has the pid now; its fields are None if there is none."""
     line = _read_proc(pid, "stat")
     if not line:
-        return Process(None, None, None)
+        return Process(None, None, None, None)
     fields = line[line.rindex(b")") + 2:].split()
-    return Process(int(fields[1]), fields[0], int(fields[19]))
+    return Process(int(fields[1]), int(fields[2]), fields[0], int(fields[19]))
 
 
 def _read_proc(pid, name):
@@ -888,18 +924,12 @@ def mark_of(pid):
     return rest.partition(b"\0")[0].decode("ascii", "replace") if found else None
 
 
-def unmarked_orphans(table):
-    """(pid, started) of our children that carry no mark: orphans that dropped the environment."""
-    return {(pid, entry.started) for pid, entry in table.items()
-            if entry.parent == os.getpid() and pid not in _own_children and mark_of(pid) is None}
-
-
 class TurnProcesses:
     """Everything that one turn started, in whatever process group or session it sits.
 
     `mark` is the turn's, `codex` the pid of its Codex, which began at `started` (see Process;
-    default: the one that has the pid now).  `earlier` are the unmarked orphans that were there
-    before it, or None if it was another engine that started it.
+    default: the one that has the pid now).  `earlier` is the process table from before it, or None
+    if it was another engine that started it.
     """
 
     def __init__(self, mark, codex, started=None, earlier=None):
@@ -908,15 +938,17 @@ class TurnProcesses:
         self.started = process(codex).started if started is None else started
         self.earlier = earlier
         self.seen = {(codex, self.started)}     # once a turn's, always that turn's
+        self.groups = set()                     # those that there are
 
     def find(self):
         """The turn's living processes: {pid: parent}."""
         with _starting:                     # or a child of ours that has no mark yet looks like one
             table = process_table()
-            orphans = set() if self.earlier is None else unmarked_orphans(table) - self.earlier
-        known = self.seen | orphans
+            orphans = self._unmarked_orphans(table)
+        self.groups = {group for group in self.groups if self._signal(group, 0)}
         found = {pid for pid, entry in table.items()
-                 if (pid, entry.started) in known or mark_of(pid) == self.mark}
+                 if (pid, entry.started) in self.seen or pid in orphans
+                 or entry.group in self.groups or mark_of(pid) == self.mark}
         children = collections.defaultdict(list)
         for pid, entry in table.items():
             children[entry.parent].append(pid)
@@ -927,7 +959,19 @@ class TurnProcesses:
             unvisited += new
         found = {pid for pid in found if table[pid].state not in b"ZX"}
         self.seen |= {(pid, table[pid].started) for pid in found}
+        self.groups |= {table[pid].group for pid in found} - {0, 1, os.getpgrp()}
         return {pid: table[pid].parent for pid in found}
+
+    def _unmarked_orphans(self, table):
+        """Our living children that carry no mark: orphans that dropped the environment.  Those of
+        an earlier turn were there before, or sit in a group that was."""
+        if self.earlier is None:
+            return set()
+        groups = {entry.group for entry in self.earlier.values()}
+        return {pid for pid, entry in table.items()
+                if entry.parent == os.getpid() and pid not in _own_children
+                and entry.group not in groups and entry.state not in b"ZX"
+                and mark_of(pid) is None}
 
     def stop(self):
         """Stop them all, politely first; returns when none is left.
@@ -939,28 +983,32 @@ class TurnProcesses:
         top = {pid for pid, parent in processes.items() if parent not in processes}
         if self.codex in processes:
             top = {self.codex}
-        self._signal(top, signal.SIGINT)
+        for pid in top:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGINT)
         self._wait(lambda: not top & set(self.find()), INTERRUPT_PATIENCE)
-        self._signal(self.find(), signal.SIGTERM)
-        if self._wait(lambda: not self.find(), TERMINATE_PATIENCE):
-            return
-        if not self._wait(self._kill, KILL_PATIENCE):
+        self._signal_all(signal.SIGTERM)
+        self._wait(lambda: not self.find(), TERMINATE_PATIENCE)
+        if not self._wait(lambda: not self._signal_all(signal.SIGKILL), KILL_PATIENCE):
             log.error("these processes of the turn can't be killed: %s", sorted(self.find()))
 
-    def _kill(self):
+    def _signal_all(self, number):
+        """Signal whatever there is; the processes that were seen."""
         processes = self.find()
-        self._signal(processes, signal.SIGKILL)
-        return not processes
+        for group in self.groups:
+            self._signal(group, number)
+        return processes
 
     @staticmethod
-    def _signal(pids, number):
-        for pid in pids:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                pass
-            except PermissionError:
-                log.warning("process %d belongs to somebody else and can't be stopped", pid)
+    def _signal(group, number):
+        """Signal a process group; whether there is one."""
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:             # somebody else's, sudo's perhaps
+            pass
+        return True
 
     @staticmethod
     def _wait(condition, patience):
@@ -981,28 +1029,31 @@ class TurnProcesses:
 # Codex keeps a thread in $CODEX_HOME/sessions/YYYY/MM/DD/rollout-<local time>-<thread id>.jsonl,
 # or later in archived_sessions/, and may compress it to ….jsonl.zst (Codex 0.169).
 
+BLOCK_SIZE = 64 * 1024                     # bytes of a rollout that are read at once
+
 class Rollouts:
     """Finds the threads' rollout files under `codex_home`, and finds them again when moved."""
 
     def __init__(self, codex_home):
         self.sessions = os.path.join(codex_home, "sessions")
         self.archive = os.path.join(codex_home, "archived_sessions")
-        self._found = (None, None)              # (thread id, path) of the last one
+        self._found = (None, None)              # (thread id, path without .zst) of the last one
 
     def find(self, thread_id):
         """The path of the thread's rollout, or None."""
-        found_id, path = self._found
-        if found_id == thread_id and os.path.isfile(path):
-            return path
-        name = re.compile(r"rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl(\.zst)?"
+        found_id, plain = self._found
+        return (found_id == thread_id and _existing(plain)) or self._search(thread_id)
+
+    def _search(self, thread_id):
+        name = re.compile(r"(rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl)(?:\.zst)?"
                           % re.escape(thread_id))
         for folder in self._folders(thread_id):
-            matches = [entry for entry in _list(folder) if name.fullmatch(entry)]
-            for match in sorted(matches, key=len):      # the plain one first
-                path = os.path.join(folder, match)
-                if os.path.isfile(path):
-                    self._found = (thread_id, path)
-                    return path
+            for entry in _list(folder):
+                match = thread_id in entry and name.fullmatch(entry)    # the first test is cheap
+                plain = match and os.path.join(folder, match.group(1))
+                if plain and _existing(plain):
+                    self._found = (thread_id, plain)
+                    return _existing(plain)
         return None
 
     def _folders(self, thread_id):
@@ -1017,6 +1068,11 @@ class Rollouts:
                     yield os.path.join(base, day)
 
 
+def _existing(plain):
+    """The path of that rollout, compressed or not, or None."""
+    return next(filter(os.path.isfile, (plain, plain + ".zst")), None)
+
+
 def _list(folder):
     try:
         return os.listdir(folder)
@@ -1028,144 +1084,159 @@ def _likely_days(thread_id):
     """The folders of the day on which the thread began, and of its neighbours.
 
     A UUIDv7 begins with its creation time in ms (RFC 9562, 5.7).  The folder is named in the
-    local time of whoever created it, which was perhaps not the time zone of today.
+    local time of whoever created it, which is at most a day off UTC.
     """
     try:
         identifier = uuid.UUID(thread_id)
     except ValueError:
         return []
     seconds = (identifier.int >> 80) / 1000
-    days = [time.localtime(seconds + shift * 86400) for shift in (0, -1, 1)]
+    days = [time.gmtime(seconds + shift * 86400) for shift in (0, -1, 1)]
     return ["%04d/%02d/%02d" % day[:3] for day in days]
 
 
 class RolloutReader:
-    """The lines of one rollout, read from any place on, in memory that doesn't grow with it.
+    """The lines of one rollout, read from any place on, in memory that grows with a line only.
 
+    A line is a str that has a character for each byte (Latin-1): JSON's own characters are ASCII,
+    and so the JSON parser takes no more memory for a line in UTF-8 than the line has bytes.
     Places are offsets in bytes in the uncompressed text.  `end` is how far the file reached when
-    it was opened (None: compressed, so the end is where it ends).  Raises OSError.
+    it was opened (None: compressed, so the end is where it ends); `status` is its os.stat_result.
+    Raises OSError.
     """
 
     def __init__(self, path):
         self.path = path
-        self._open()
-
-    def _open(self):
+        self.file = open(path, "rb", buffering=0)
+        self.status = os.fstat(self.file.fileno())
+        self.end = None if path.endswith(".zst") else self.status.st_size
         self.position = 0
-        self.end = None
-        self._process = None
-        if self.path.endswith(".zst"):
-            self.file = self._decompress()
-        else:
-            self.file = open(self.path, "rb", buffering=0)
-            self.end = os.fstat(self.file.fileno()).st_size
+        self._stream = self._process = None     # what decompresses it
+
+    def close(self):
+        self._stop_decompressing()
+        self.file.close()
+
+    def seek(self, offset):
+        """Go to `offset`; False if no line begins there."""
+        if self.end is not None:
+            self.position = offset
+            return offset == 0 or (offset <= self.end
+                                   and os.pread(self.file.fileno(), 1, offset - 1) == b"\n")
+        self._decompress()
+        last = b"\n"
+        while self.position < offset and last:
+            last = self._read(min(BLOCK_SIZE, offset - self.position))
+        return last.endswith(b"\n")
 
     def _decompress(self):
+        """Begin with a compressed file, or begin again."""
+        self._stop_decompressing()
+        self.position = 0
+        self.file.seek(0)
         try:
             from compression import zstd                # Python 3.14 and newer
-            return zstd.open(self.path, "rb")
+            self._stream = zstd.open(self.file, "rb")
+            return
         except ImportError:
-            pass
-        program = shutil.which("zstd")
+            program = shutil.which("zstd")
         if program is None:
             raise HTTPError(500, "The rollout is compressed",
                             "%s: install the program zstd (apt-get install zstd) to read it"
                             % self.path)
-        self._process = start_process([program, "-dcq", self.path], stdin=subprocess.DEVNULL,
-                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                      env={**os.environ, MARK: "engine"})
-        return self._process.stdout
+        # No other variable: whatever the agent may look into doesn't hold the secret.
+        self._process = start_process([program, "-dcq"], env={MARK: "engine"}, stdin=self.file,
+                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._stream = self._process.stdout
 
-    def close(self):
-        self.file.close()
+    def _stop_decompressing(self):
         if self._process:
             self._process.kill()
             self._process.wait()
-
-    def seek(self, offset):
-        """Go to `offset`; False if no line begins there."""
-        if offset == 0:
-            return True
-        if self.end is not None:
-            if offset > self.end:
-                return False
-            self.position = offset
-            return os.pread(self.file.fileno(), 1, offset - 1) == b"\n"
-        last = b""
-        while self.position < offset:
-            last = self._read(min(READ_SIZE, offset - self.position))
-            if not last:
-                return False
-        return last.endswith(b"\n")
+        if self._stream:
+            self._stream.close()
+        self._stream = self._process = None
 
     def _read(self, size):
         if self.end is None:
-            data = self.file.read(size)
+            data = self._stream.read(size)
+            if not data and self._process and self._process.wait():
+                raise OSError(errno.EIO, "zstd can't decompress it", self.path)
         else:
             data = os.pread(self.file.fileno(), min(size, self.end - self.position), self.position)
         self.position += len(data)
         return data
 
     def blocks(self):
-        """Lists of whole lines, without their LF, from here on; at the end comes what the last
-        line has of its LF: nothing, so it is left out."""
+        """Lists of whole lines, without their LF, from here on; a long line comes alone.  A last
+        line that has no LF yet is still being written and left out."""
         pieces = []
         while True:
-            data = self._read(READ_SIZE)
-            if not data:
+            lines = self._read(BLOCK_SIZE).decode("latin-1").split("\n")
+            if lines == [""]:
                 return
-            head, newline, rest = data.rpartition(b"\n")
-            if newline:
-                yield (b"".join(pieces) + head).split(b"\n")
-                pieces = [rest]
-            else:
-                pieces.append(data)
+            pieces.append(lines[0])
+            if len(lines) > 1:
+                lines[0], pieces = "".join(pieces), [lines.pop()]
+                if len(lines[0]) > BLOCK_SIZE:
+                    yield [lines.pop(0)]
+                yield lines
 
     def tail(self, count):
         """Where the last `count` lines of JSON begin."""
         if self.end is not None:
             return self._tail_backwards(count)
+        self.seek(0)
         offsets, end = collections.deque(maxlen=count), 0
         for lines in self.blocks():
             for line in lines:
-                if is_json(line):
+                if json_line(line):
                     offsets.append(end)
                 end += len(line) + 1
-        self.close()
-        self._open()
         return offsets[0] if offsets else end
 
     def _tail_backwards(self, count):
-        done = begin = _rfind(self.file, b"\n", self.end) + 1    # lines from `done` on are seen
-        while count and begin:
-            begin = max(0, begin - max(READ_SIZE, done - begin))    # doubles over a long line
-            self.position = begin
-            lines = self._read(done - begin)[:-1].split(b"\n")
-            for line in reversed(lines[1:] if begin else lines):
-                done -= len(line) + 1
-                count -= is_json(line)
-                if not count:
-                    break
-        self.position = 0
+        done = _rfind(self.file, b"\n", self.end) + 1       # lines from `done` on are seen
+        begin, pieces = done - 1, []
+        while count and begin > 0:
+            size = min(BLOCK_SIZE, begin)
+            begin = self.position = begin - size
+            data = (b"" if begin else b"\n") + self._read(size)
+            *lines, last = data.decode("latin-1").split("\n")
+            pieces.insert(0, last)
+            if lines:
+                lines.append("".join(pieces))
+                pieces = [lines.pop(0)]
+                for line in reversed(lines):
+                    done -= len(line) + 1
+                    count -= json_line(line) is not None
+                    if not count:
+                        break
         return done
 
 
-BOM = b"\xef\xbb\xbf"
+BOM = "\xef\xbb\xbf"                       # the byte order mark in UTF-8, as Latin-1
 
 
-def strip_line(line):
-    """A line's JSON text: without the CR of a CRLF, a byte order mark and blanks around it."""
-    return (line[3:] if line.startswith(BOM) else line).strip(b" \t\r")
-
-
-def is_json(line):
-    """Whether a line is JSON (RFC 8259); a blank one is not."""
-    line = strip_line(line)
+def json_line(line):
+    """A line's JSON text (RFC 8259) without the CR of a CRLF, a byte order mark and blanks around
+    it, or None if that is no JSON; a blank line is none."""
+    text = (line[3:] if line.startswith(BOM) else line).strip(" \t\r")
     try:
-        json_text.decode(line.decode())
+        if not text.isascii():
+            _check_utf8(text)
+        end = json_text.raw_decode(text)[1]
     except (ValueError, RecursionError):
-        return False
-    return True
+        return None
+    return text if end == len(text) else None
+
+
+def _check_utf8(text):
+    """Raise UnicodeDecodeError unless the bytes of `text` are UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for begin in range(0, len(text), BLOCK_SIZE):
+        decoder.decode(text[begin:begin + BLOCK_SIZE].encode("latin-1"))
+    decoder.decode(b"", final=True)
 
 
 class HistoryPage:
@@ -1181,16 +1252,18 @@ class HistoryPage:
 
     def __iter__(self):
         yield b'{"thread_id":%b,"events":[' % json_bytes(self.thread_id)
-        position, left, more, comma = self.reader.position, self.limit, False, b""
+        position, left, more, before = self.reader.position, self.limit, False, b""
         for lines in self.reader.blocks():
-            size = sum(map(len, lines)) + len(lines)
-            lines, used, more = self._page(lines, left)
-            if lines:
-                yield comma + b",".join(lines)
-                comma = b","
+            page, used, more = self._page(lines, left)
+            position += used
             if left is not None:
-                left -= len(lines)
-            position += size if not more else used
+                left -= len(page)
+            if page:
+                text = ",".join(page)       # of one line that is no copy
+                for begin in range(0, len(text), BLOCK_SIZE):
+                    yield before + text[begin:begin + BLOCK_SIZE].encode("latin-1")
+                    before = b""
+                before = b","
             if more:
                 break
         tail = {"cursor": "%s.%d" % (self.thread_id, position)}
@@ -1200,16 +1273,15 @@ class HistoryPage:
 
     @staticmethod
     def _page(lines, left):
-        """The lines of JSON among `lines`, `left` at most; the bytes that they and what lies
-        between them take; whether there are more of them."""
-        if left is None:
-            return [strip_line(line) for line in lines if is_json(line)], 0, False
+        """The lines of JSON among `lines`, `left` at most (None: all); the bytes that they and
+        what lies between them take; whether there are more of them."""
         page, used = [], 0
         for line in lines:
-            if is_json(line):
+            text = json_line(line)
+            if text is not None:
                 if len(page) == left:
                     return page, used, True
-                page.append(strip_line(line))
+                page.append(text)
             used += len(line) + 1
         return page, used, False
 
@@ -1258,6 +1330,8 @@ NODE_VERSIONS = ("~/.nvm/versions/node", "~/.local/share/fnm/node-versions",
 PLATFORMS = {"x86_64": ("x86_64-unknown-linux-musl", "codex-linux-x64"),
              "aarch64": ("aarch64-unknown-linux-musl", "codex-linux-arm64")}
 
+VERSION_PATIENCE = 10.0                    # seconds that `codex --version` may take
+
 HOW_TO_INSTALL = ("install it with `npm install -g @openai/codex`, "
                   "or set CODEX_PATH to the program")
 
@@ -1287,7 +1361,7 @@ class CodexFinder:
         program = program or next(filter(_is_program, self._global_places()), None)
         if program is None:
             raise unavailable("Codex CLI not found", HOW_TO_INSTALL)
-        return native_codex(os.path.realpath(program)) or Codex(program)
+        return native_codex(os.path.realpath(program)) or Codex(os.path.abspath(program))
 
     def _global_places(self):
         for folder in GLOBAL_PLACES:
@@ -1315,12 +1389,11 @@ class CodexFinder:
         child = start_process([codex.program, "--version"], stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               env=codex_environment(self.settings, codex, "engine"))
-        try:
-            output = child.communicate(timeout=10)[0]
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            return None
+        with child, selectors.DefaultSelector() as selector:
+            selector.register(child.stdout, selectors.EVENT_READ)
+            answered = selector.select(VERSION_PATIENCE)
+            output = os.read(child.stdout.fileno(), 1000) if answered else b""
+            os.killpg(child.pid, signal.SIGKILL)    # it may be a script that waits for another
         match = re.search(rb"[0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Za-z]*", output)
         return match.group().decode() if match else None
 
@@ -1394,6 +1467,7 @@ def config_argument(key, value):
 
 # What Codex 0.50 can't do: of 60 turns with an image, in every form of the command line, 48 hung.
 FIRST_WITH_IMAGES = FIRST_WITH_ALL_EFFORTS = (0, 98)
+MAX_IMAGES = 100                           # of a turn; the command line has to hold their names
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 IMAGE_TYPES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"),
                (rb"GIF8[79]a", "gif"), (rb"RIFF....WEBP", "webp"))
@@ -1439,16 +1513,23 @@ def _schema(value, settings):
 def _images(value, settings):
     if not isinstance(value, list) or not all(isinstance(image, str) for image in value):
         raise ValueError("must be a list of paths and data: URLs")
-    files = []
+    if len(value) > MAX_IMAGES:
+        raise ValueError("must be at most %d" % MAX_IMAGES)
+    files, room = [], settings.max_body
     for number, image in enumerate(value, 1):
         try:
-            data = (_image_of_url if image.startswith("data:") else _image_of_path)(image, settings)
+            read = _image_of_url if image[:5].lower() == "data:" else _image_of_path
+            data = read(image, settings)
+            room -= len(data)
+            if room < 0:
+                raise ValueError("makes more than %d bytes" % settings.max_body)
             kind = next((kind for pattern, kind in IMAGE_TYPES
                          if re.match(pattern, data, re.DOTALL)), None)
             if kind is None:
                 raise ValueError("is no PNG, JPEG, GIF or WebP image")
         except (ValueError, OSError) as error:
-            raise ValueError("number %d %s" % (number, getattr(error, "strerror", None) or error))
+            problem = getattr(error, "strerror", None) or error
+            raise ValueError("number %d: %s" % (number, problem)) from None
         files.append(TurnFile("image-%d.%s" % (number, kind), data))
     return files
 
@@ -1464,19 +1545,17 @@ def _image_of_url(url, settings):
 
 
 def _image_of_path(path, settings):
-    if "\0" in path or not path:
+    if "\0" in path or not 1 <= len(path) <= 4096:      # PATH_MAX, <linux/limits.h>
         raise ValueError("is no path")
     workspace = os.path.realpath(settings.workspace)
     real = os.path.realpath(os.path.join(workspace, path))
     if os.path.commonpath((workspace, real)) != workspace:
         raise ValueError("lies outside the workspace")
-    with open(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
+    with open(real, "rb",
+              opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("is not a regular file")
-        if status.st_size > settings.max_body:
-            raise ValueError("is larger than %d bytes" % settings.max_body)
-        return file.read()
+        return file.read(settings.max_body + 1)
 
 
 def _web_search(value):
@@ -1580,14 +1659,13 @@ class Turn:
     started, or could not be (then `problem` is the HTTPError), and `over` at the end.
     """
 
-    def __init__(self, runner, turn_id, thread_id, message, options, codex):
+    def __init__(self, runner, turn_id, thread_id, message, options):
         self.runner = runner
         self.settings = runner.settings
         self.id = turn_id
         self.thread_id = thread_id          # the one to resume, or None
         self.message = message
         self.options = options
-        self.codex = codex
         self.mark = uuid.uuid4().hex
         self.log = None
         self.child = None
@@ -1597,14 +1675,29 @@ class Turn:
         self.over = threading.Event()
         self.forgotten = False              # by a reset; guarded by the runner's lock
         self.stop_code = None               # why it is being stopped; guarded by the runner's lock
-        # A byte in this pipe wakes the turn's thread.  Files, and not descriptors, since a stop may
-        # come when the turn is over: they are closed with the last reference to the turn.
-        out, into = os.pipe()
-        self._wake_out, self._wake_in = open(out, "rb", buffering=0), open(into, "wb", buffering=0)
+        self._wake_out, self._wake_in = os.pipe()
+
+    def __del__(self):
+        for fd in (self._wake_out, self._wake_in):      # not before: a stop may come to a turn
+            os.close(fd)                                # that is just over
 
     def wake(self):
         """From any thread: look at what has changed."""
-        self._wake_in.write(b"!")
+        os.write(self._wake_in, b"!")
+
+    def start(self):
+        """Run it in a thread of its own; `ready` and `over` are set whatever comes."""
+        try:
+            threading.Thread(target=self.run, name="turn %d" % self.id, daemon=True).start()
+        except RuntimeError as error:       # there are too many threads
+            self._not_started(error)
+
+    def log_once_started(self):
+        """From any thread but its own: its log, once Codex was started.  Raises HTTPError."""
+        self.ready.wait()
+        if self.problem:
+            raise self.problem
+        return self.log
 
     # Everything below belongs to the turn's own thread.
 
@@ -1612,13 +1705,8 @@ class Turn:
         """The turn from its start to its end."""
         try:
             self._start()
-        except (OSError, ValueError, HTTPError) as error:
-            self.problem = error if isinstance(error, HTTPError) else unavailable(
-                "The turn can't be started", str(error))
-            self._leave()
-            self.runner.not_started(self)
-            self.ready.set()
-            self.over.set()
+        except Exception as error:          # whatever it is, nobody may wait for this turn for ever
+            self._not_started(error)
             return
         self.ready.set()
         try:
@@ -1631,10 +1719,20 @@ class Turn:
         except Exception:                   # a bug, but no reason to leave Codex running
             log.exception("turn %d: the engine failed", self.id)
             self.processes.stop()
-        self._end()
+        finally:
+            self._end()
+
+    def _not_started(self, error):
+        self.problem = error if isinstance(error, HTTPError) else unavailable(
+            "The turn can't be started", str(error))
+        self._leave()
+        self.runner.not_started(self)
+        self.ready.set()
+        self.over.set()
 
     def _start(self):
         """Start Codex, which does nothing before it has its prompt, and then the log."""
+        self.codex = self.runner.prepare(self.options)
         os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
         self.folder = self.runner.turn_path(self.id)[:-len(".log")] + ".files"
         self.options = self.options.with_files(self.folder)
@@ -1646,6 +1744,7 @@ class Turn:
         self.log.sync()
         log.info("turn %d started: %s, codex pid %d", self.id,
                  "thread %s" % self.thread_id if self.thread_id else "new thread", self.child.pid)
+        self.runner.changed()
 
     def _launch(self, thread_id):
         """Start Codex on the thread, or on a new one."""
@@ -1656,14 +1755,14 @@ class Turn:
         self.stderr = b""
         self.stopper = None
         self.stopped = False
-        self.earlier = unmarked_orphans(process_table())
         self.prompt = memoryview(_well_formed(self.message).encode())
+        earlier = process_table()
         self.child = start_process(
             codex_arguments(self.settings, self.codex, self.options, thread_id),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             cwd=self.settings.workspace,
             env=codex_environment(self.settings, self.codex, self.mark))
-        self.processes = TurnProcesses(self.mark, self.child.pid, earlier=self.earlier)
+        self.processes = TurnProcesses(self.mark, self.child.pid, earlier=earlier)
         threading.Thread(target=self._await_exit, args=(self.child,), daemon=True).start()
 
     def _await_exit(self, child):
@@ -1698,6 +1797,7 @@ class Turn:
         if not stdout.closed and writable != reading:
             if writable:
                 selector.register(stdout, selectors.EVENT_READ, self._read_stdout)
+                self.last_event = time.monotonic()      # we kept it waiting, and not it us
             else:
                 selector.unregister(stdout)
             return writable
@@ -1715,8 +1815,8 @@ class Turn:
         stream.close()
 
     def _woken(self):
-        os.read(self._wake_out.fileno(), 4096)
-        if self.stop_code and self.stopper is None:
+        os.read(self._wake_out, 4096)
+        if self.stop_code and self.stopper is None and not self.terminal:
             self.stopper = threading.Thread(target=self._stop_processes, daemon=True)
             self.stopper.start()
         return True
@@ -1838,7 +1938,8 @@ class Turn:
             return None if reading else DISK_PATIENCE
         now, deadlines = time.monotonic(), []
         if self.terminal:
-            deadlines.append((self.ended + EXIT_PATIENCE, None))
+            patience = INTERRUPT_PATIENCE if self.stop_code else EXIT_PATIENCE
+            deadlines.append((self.ended + patience, None))
         elif self.settings.turn_timeout:
             deadlines.append((self.started + self.settings.turn_timeout, "timeout"))
         if self.settings.idle_timeout and not self.items and not self.terminal and reading:
@@ -1858,7 +1959,7 @@ class Turn:
             self.runner.stop(self, code)
 
     def _is_thread_unknown(self):
-        return (self.thread_id and not self.log.last and not self.stop_code
+        return (self.thread_id and not self.log.appended and not self.stop_code
                 and self.child.returncode and UNKNOWN_THREAD.search(self.stderr))
 
     def _end(self):
@@ -1871,9 +1972,7 @@ class Turn:
             self.log.sync()
             self._leave()
         finally:
-            self.runner.release()
-            self.log.append([DONE], finished=True)
-            self.runner.close_log(self.log)
+            self.log.finish(lambda: self.runner.release(self))
             log.info("turn %d ended: %s, %d events, %.1f s", self.id, self.terminal or code,
                      self.log.last, time.monotonic() - self.started)
             self.over.set()
@@ -1943,7 +2042,7 @@ class CodexRunner:
         self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
         self.closing = False
         self.changed = lambda: None         # called when a turn has begun or ended
-        self._saving = threading.Lock()     # outside the other: puts the writes into their order
+        self._saving = threading.Lock()     # outside the other: one writes to these files at a time
         self._unsaved = False
 
     # Starting and ending with the process
@@ -1974,7 +2073,8 @@ class CodexRunner:
         with self.lock:
             self.closing = True
         self._stop_current("shutdown")
-        self._save(only_if_due=True)
+        with contextlib.suppress(HTTPError):
+            self._close_left_logs()
         self._lock_file.close()
 
     def _thread_file(self):
@@ -2012,21 +2112,24 @@ class CodexRunner:
         return broken
 
     def _recover(self, broken):
-        try:
-            for turn_log in broken:
-                log.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
-                codex = turn_log.header["codex"]
-                TurnProcesses(turn_log.header["mark"], codex["pid"], codex["started"]).stop()
-                turn_log.reopen()
-                ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1))
-                events = failure(STOP_MESSAGES["engine_restarted"], "engine_restarted")
-                turn_log.append(([] if ended else events) + [DONE], finished=True)
-                self.close_log(turn_log)
-        except Exception:
-            log.exception("what an earlier engine left can't be put in order")
-        finally:
-            self.recovered.set()
+        for turn_log in broken:
+            log.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
+            try:
+                self._end_broken(turn_log)
+            except Exception:               # a log from elsewhere is no reason not to serve
+                log.exception("turn %d can't be put in order", turn_log.turn_id)
+        self.recovered.set()
         self.prune()
+
+    @staticmethod
+    def _end_broken(turn_log):
+        codex = turn_log.header["codex"]
+        TurnProcesses(turn_log.header["mark"], codex["pid"], codex["started"]).stop()
+        turn_log.reopen()
+        ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1))
+        if not ended:
+            turn_log.append(failure(STOP_MESSAGES["engine_restarted"], "engine_restarted"))
+        turn_log.finish(lambda: None)
 
     # Turns
 
@@ -2037,32 +2140,23 @@ class CodexRunner:
         400 for what this version of Codex can't do.
         """
         self.recovered.wait()
-        turn_log = self._started_with(key, fingerprint)
-        if turn_log:
-            return turn_log
         with self.lock:
-            self._check_free()              # so that the answer is 409 also where Codex is missing
-        codex = self.finder.find()
-        self._check_possible(codex, options)
-        self._close_left_logs()
-        with self.lock:
-            if key not in self.keys:        # else somebody was faster with the same request
+            earlier, known = self.keys.get(key, (None, fingerprint))
+            if earlier is None:
                 self._check_free()
-                self.latest += 1
-                turn = self.current = Turn(self, self.latest, self.thread_id, message, options,
-                                           codex)
+                turn = self.current = Turn(self, self.latest + 1, self.thread_id, message, options)
+                self.latest = turn.id
                 if key is not None:
                     self.keys[key] = (turn.id, fingerprint)
             else:
-                turn = None
-        if turn is None:
-            return self._started_with(key, fingerprint)
-        threading.Thread(target=turn.run, name="turn %d" % turn.id, daemon=True).start()
-        turn.ready.wait()
-        if turn.problem:
-            raise turn.problem
-        self.changed()
-        return turn.log
+                turn = self._in_progress(earlier)
+        if known != fingerprint:
+            raise HTTPError(422, "Idempotency-Key was used with another request",
+                            "turn %d was started with this key and another body: "
+                            "use a new key for every message" % earlier)
+        if earlier is None:
+            turn.start()
+        return turn.log_once_started() if turn else self.turn_log(earlier)
 
     def _check_free(self):
         if self.closing:
@@ -2072,6 +2166,16 @@ class CodexRunner:
             raise HTTPError(409, "A turn is already in progress",
                             "wait for its end, follow it with GET /codex/events, or stop it with "
                             "POST /codex/interrupt", turn_id=self.current.id)
+
+    def _in_progress(self, turn_id):
+        return self.current if self.current and self.current.id == turn_id else None
+
+    def prepare(self, options):
+        """The Codex for a turn with the options.  Raises HTTPError 503 and 400."""
+        codex = self.finder.find()
+        self._check_possible(codex, options)
+        self._close_left_logs()
+        return codex
 
     def _check_possible(self, codex, options):
         if not os.path.isdir(self.settings.workspace):
@@ -2084,18 +2188,6 @@ class CodexRunner:
             if numbers and tuple(map(int, numbers.groups())) < since:
                 raise bad_parameter(key, "is beyond Codex %s: it takes %d.%d or newer"
                                     % (version, *since))
-
-    def _started_with(self, key, fingerprint):
-        """The log of the turn that was started with the key, or None."""
-        with self.lock:
-            if key is None or key not in self.keys:
-                return None
-            turn_id, known = self.keys[key]
-        if known != fingerprint:
-            raise HTTPError(422, "Idempotency-Key was used with another request",
-                            "turn %d was started with this key and another body: "
-                            "use a new key for every message" % turn_id)
-        return self.turn_log(turn_id)
 
     def key_of(self, turn_id):
         """What a turn's header holds of its Idempotency-Key."""
@@ -2116,12 +2208,9 @@ class CodexRunner:
         with self.lock:
             turn_id = self.latest if turn_id is None else turn_id
             turn_log = self.logs.get(turn_id)
-            turn = self.current if self.current and self.current.id == turn_id else None
+            turn = self._in_progress(turn_id)
         if turn:
-            turn.ready.wait()
-            if turn.problem:
-                raise turn.problem
-            turn_log = turn.log
+            return turn.log_once_started()
         if turn_log:
             return turn_log
         try:
@@ -2189,10 +2278,12 @@ class CodexRunner:
             self.keys = {key: value for key, value in self.keys.items() if value[0] != turn.id}
         log.error("turn %d could not be started: %s", turn.id, turn.problem.body)
 
-    def release(self):
+    def release(self, turn):
         """The turn in progress is as good as over: another may start."""
         with self.lock:
             self.current = None
+            if turn.log.is_closed():
+                self.logs.pop(turn.id)
         self.changed()
 
     # Files
@@ -2218,21 +2309,17 @@ class CodexRunner:
                 self._unsaved = True
             return not self._unsaved
 
-    def close_log(self, turn_log):
-        """Close a finished log unless there is something of it that can't be written yet."""
-        if turn_log.flush():
-            turn_log.close()
-            with self.lock:
-                self.logs.pop(turn_log.turn_id, None)
-            return True
-        return False
-
     def _close_left_logs(self):
         """Write what a full disk didn't take, before there is more.  Raises HTTPError 503."""
         with self.lock:
             left = [turn_log for turn_log in self.logs.values() if turn_log.finished]
-        if not all([self.close_log(turn_log) for turn_log in left]) or not self._save(True):
+        with self._saving:
+            closed = all([turn_log.close() for turn_log in left])
+        if not closed or not self._save(only_if_due=True):
             raise unavailable("The disk is full", "make room in %s" % self.settings.state)
+        with self.lock:
+            for turn_log in left:
+                self.logs.pop(turn_log.turn_id, None)
 
     def _kept(self):
         """The ids of the kept turns, oldest first."""
@@ -2410,18 +2497,18 @@ class Application:
         offset = _cursor(query["after"], thread_id) if "after" in query else 0
         if thread_id is None:
             return json_response({"message": "No active thread", "thread_id": None, "events": []})
-        path = self.runner.rollouts.find(thread_id)
-        if path is None:
+        reader = self._rollout(thread_id)
+        if reader is None:
             if offset:
                 raise _gone_cursor("is beyond the end")
             return json_response({"thread_id": thread_id, "events": [],
                                   "cursor": "%s.0" % thread_id})
-        headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding"),
-                   ("ETag", _entity_tag(path, request))]
-        if _matches(request.header("If-None-Match"), headers[-1][1]):
-            return Response([], 304, headers[1:])
-        reader = RolloutReader(path)
         try:
+            headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding"),
+                       ("ETag", _entity_tag(reader, request))]
+            if _matches(request.header("If-None-Match"), headers[-1][1]):
+                reader.close()
+                return Response([], 304, headers[1:])
             if tail is not None:
                 offset = reader.tail(tail)
             if not reader.seek(offset):
@@ -2434,6 +2521,18 @@ class Application:
             headers.append(("Content-Encoding", "gzip"))
             pieces = compress(pieces)
         return Response(ClosingIterator(pieces, reader.close), 200, headers)
+
+    def _rollout(self, thread_id):
+        """A reader of the thread's rollout, or None if there is no file."""
+        while True:
+            path = self.runner.rollouts.find(thread_id)
+            try:
+                return path and RolloutReader(path)
+            except FileNotFoundError:               # moved or compressed this moment
+                continue
+            except OSError as error:
+                raise HTTPError(500, "The rollout can't be read",
+                                "%s: %s" % (path, error.strerror)) from None
 
     # GET /codex/status
 
@@ -2516,10 +2615,10 @@ def _gone_cursor(problem):
                      % problem)
 
 
-def _entity_tag(path, request):
+def _entity_tag(reader, request):
     """A weak validator (RFC 9110, 8.8.1), since what is sent may be compressed."""
-    status = os.stat(path)
-    identity = "%s %s %d %d %d" % (path, request.environ.get("QUERY_STRING", ""), status.st_ino,
+    status = reader.status
+    identity = "%s %s %d %d %d" % (reader.path, request.environ.get("QUERY_STRING", ""), status.st_ino,
                                    status.st_size, status.st_mtime_ns)
     return 'W/"%s"' % hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -2565,6 +2664,8 @@ VALUE = rb"[\t\x20-\x7e\x80-\xff]*"                                     # RFC 91
 QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'   # 5.6.4
 PCHAR = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})"            # RFC 3986, 3.3
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")   # 3
+PARTIAL_REQUEST_LINE = re.compile(TOKEN + rb"(?: (?:[\x21-\x7e]+(?: (?:[HTP/0-9.]+\r?)?)?)?)?")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*")                                # 2.2
 FIELDS = re.compile(rb"(?:" + TOKEN + rb":" + VALUE + rb"\r\n)*")       # 5
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
 ORIGIN_FORM = re.compile(rb"(/(?:" + PCHAR + rb"|/)*)(?:\?((?:" + PCHAR + rb"|[/?])*))?")   # 3.2.1
@@ -2591,7 +2692,7 @@ class BadRequest(OSError):
         self.status = status
 
 
-class Disconnected(Exception):
+class Disconnected(ConnectionError):
     """The client is gone, or has been too slow to be waited for."""
 
 
@@ -2696,14 +2797,14 @@ class RequestBody(io.RawIOBase):
                 return 0
             if not self.connection.buffer:
                 self._receive()
+            data = self.connection.take(min(len(target), self.left))
+            target[:len(data)] = data
+            self.left -= len(data)
+            if self.chunked and not self.left:
+                self._line(2, NOTHING)      # the CRLF behind a chunk's data
         except OSError:
             self.broken = True
             raise
-        data = self.connection.take(min(len(target), self.left))
-        target[:len(data)] = data
-        self.left -= len(data)
-        if self.chunked and not self.left:
-            self._line(2, NOTHING)  # the CRLF behind a chunk's data
         self.complete = not self.chunked and not self.left
         return len(data)
 
@@ -2727,7 +2828,7 @@ class RequestBody(io.RawIOBase):
             match = self._line(MAX_TRAILERS, TRAILER)
             if match.group(1) is None:
                 return
-            size += len(match.group())
+            size += len(match.group()) + 2
             if size > MAX_TRAILERS:
                 raise BadRequest(431, "the trailer section is larger than %d bytes" % MAX_TRAILERS)
             if match.group(1).lower() in NO_TRAILERS:
@@ -2736,14 +2837,14 @@ class RequestBody(io.RawIOBase):
     def _line(self, limit, pattern):
         """The next line, without its CRLF, as a match of `pattern`."""
         while True:
-            line, newline, _ = self.connection.buffer.partition(b"\n")
-            if newline or len(line) > limit:
+            end = self.connection.buffer.find(b"\n", 0, limit)
+            if end >= 0 or len(self.connection.buffer) >= limit:
                 break
             self._receive()
-        match = pattern.fullmatch(line[:-1]) if line.endswith(b"\r") else None
-        if not match or len(line) > limit:
+        line = self.connection.take(end + 1)
+        match = pattern.fullmatch(line[:-2]) if line.endswith(b"\r\n") else None
+        if not match:
             raise BadRequest(400, "a chunk of the body is malformed (RFC 9112, 7.1)")
-        self.connection.take(len(line) + 1)
         return match
 
     def _receive(self):
@@ -2780,7 +2881,7 @@ class WSGIRequestHandler(BaseRequestHandler):
         try:
             while not self.close_connection:
                 self.handle_one_request()
-        except (Disconnected, ConnectionError):
+        except OSError:                     # the client, or the way to it, is gone
             return
         self.connection.linger()
 
@@ -2795,7 +2896,7 @@ class WSGIRequestHandler(BaseRequestHandler):
             self.refuse(error)
             return
         if self.spare and environ["PATH_INFO"] not in self.server.always:
-            self.refuse(TOO_MANY)
+            self.refuse(too_many())
         else:
             self.run_application(environ)
 
@@ -2804,15 +2905,17 @@ class WSGIRequestHandler(BaseRequestHandler):
     def read_head(self):
         """The next request's line and fields with their CRLFs, or None if there is none."""
         connection, searched = self.connection, 0
-        deadline = time.monotonic() + HEAD_TIMEOUT if connection.buffer else None
+        deadline = None
+        if connection.buffer or self.spare:
+            deadline = time.monotonic() + (SPARE_TIMEOUT if self.spare else HEAD_TIMEOUT)
         while True:
-            while connection.buffer.startswith(b"\r\n"):    # 2.2: empty lines before a request
-                connection.take(2)
+            if connection.buffer.startswith(b"\r\n"):       # 2.2: empty lines before a request
+                connection.take(EMPTY_LINES.match(connection.buffer).end())
             end = connection.buffer.find(b"\r\n\r\n", searched)
             if 0 <= end <= MAX_HEAD - 4:
                 return connection.take(end + 4)[:-2]
             if connection.buffer:
-                check_partial_head(connection.buffer)
+                check_partial_head(connection.buffer, searched)
             searched = max(0, len(connection.buffer) - 3)
             if not self.await_bytes(deadline):
                 return None
@@ -2820,10 +2923,10 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     def await_bytes(self, deadline):
         """More of a head, by the deadline if it has begun; False if no request is under way."""
-        limit = SPARE_TIMEOUT if self.spare else IDLE_TIMEOUT
+        limit = IDLE_TIMEOUT
         self.idle = deadline is None        # before the next look, as the server does it last
         if deadline:
-            limit = min(limit, max(0, deadline - time.monotonic()))
+            limit = max(0, deadline - time.monotonic())
         elif self.server.closing:
             limit = 0                       # only what is there already
         try:
@@ -2834,7 +2937,7 @@ class WSGIRequestHandler(BaseRequestHandler):
         except TimeoutError:
             reason = BadRequest(408, "the head was not complete in time")
         if self.spare:
-            raise TOO_MANY
+            raise too_many()
         if deadline:
             raise reason
         return False
@@ -2856,6 +2959,8 @@ class WSGIRequestHandler(BaseRequestHandler):
         return environ
 
     def parse_target(self, environ, target, version):
+        if environ["REQUEST_METHOD"] == "CONNECT":
+            raise BadRequest(501, "CONNECT is not implemented")
         host = environ.get("HTTP_HOST")
         if host is None and version > 0:
             raise BadRequest(400, "the Host field is missing (RFC 9112, 3.2)")
@@ -2877,8 +2982,6 @@ class WSGIRequestHandler(BaseRequestHandler):
         if target == b"*" and environ["REQUEST_METHOD"] == "OPTIONS":   # 3.2.4: the server's own
             return b"/"
         match = ABSOLUTE_FORM.fullmatch(target)
-        if environ["REQUEST_METHOD"] == "CONNECT":
-            raise BadRequest(501, "CONNECT is not implemented")
         if not match:
             raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
         authority = check_host(match.group(1))
@@ -3003,16 +3106,15 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     def head(self):
         """The response's head; settles how its body ends, and whether the connection stays."""
-        self.head_sent = True
         names = [name.lower() for name, _ in self.headers]
         bodiless = self.is_head or self.status[:3] in ("204", "304")
         self.chunked = self.version > 0 and not bodiless and "content-length" not in names
-        if bodiless and self.status[:3] != "200":
+        if self.status[:3] in ("204", "304"):           # RFC 9110, 8.6
             self.headers = [field for field in self.headers if field[0].lower() != "content-length"]
         if not (bodiless or self.chunked or "content-length" in names):
             self.close_connection = True    # 6.3: the end of the body is that of the connection
-        if self.server.closing or not (self.close_connection or self.body is None
-                                       or self.body.is_read()):
+        if self.server.closing or self.spare or not (self.close_connection or self.body is None
+                                                     or self.body.is_read()):
             self.close_connection = True    # what is left of the request is no request (9.3)
         lines = ["HTTP/1.1 %s\r\nDate: %s\r\nServer: replicas-engine\r\n"
                  % (self.status, self.server.date())]
@@ -3027,7 +3129,9 @@ class WSGIRequestHandler(BaseRequestHandler):
         expected = len(lines) + 2
         if head.count("\n") != expected or head.count("\r") != expected or "\0" in head:
             raise ValueError("a response field has a line end in it")
-        return head.encode("latin-1") + b"\r\n"
+        data = head.encode("latin-1") + b"\r\n"
+        self.head_sent = True
+        return data
 
     def look_after_client(self, result):
         """While the application waits: is anybody still there to hear it?"""
@@ -3043,20 +3147,26 @@ class WSGIRequestHandler(BaseRequestHandler):
                 self.write(probe)
 
 
-TOO_MANY = BadRequest(503, "too many connections are open: see REPLICAS_ENGINE_MAX_CONNECTIONS")
+def too_many():
+    return BadRequest(503, "too many connections are open: see REPLICAS_ENGINE_MAX_CONNECTIONS")
 
 
-def check_partial_head(head):
-    """Refuse at once what can't become a head any more.  Raises BadRequest."""
-    line, crlf, _ = head.partition(b"\r\n")
-    if len(line) > MAX_REQUEST_LINE:
+def check_partial_head(head, checked):
+    """Refuse at once what can't become a head any more.  Raises BadRequest.
+
+    The first `checked` bytes were looked at before: a head may come byte by byte.
+    """
+    end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
+    if end >= checked:
+        parse_request_line(head[:end])
+    elif end < 0 and len(head) > MAX_REQUEST_LINE:
         raise BadRequest(414, "the request line is longer than %d bytes" % MAX_REQUEST_LINE)
+    elif end < 0 and head != b"\r" and not PARTIAL_REQUEST_LINE.fullmatch(head):
+        raise BadRequest(400, "the request line is malformed (RFC 9112, 3)")
     if len(head) >= MAX_HEAD:
         raise BadRequest(431, "the head is larger than %d bytes" % MAX_HEAD)
-    if BARE_LINE_END.search(head):
+    if BARE_LINE_END.search(head, checked):
         raise BadRequest(400, "a line does not end in CRLF (RFC 9112, 2.2)")
-    if crlf:
-        parse_request_line(line)
 
 
 def parse_request_line(line):
@@ -3072,7 +3182,6 @@ def parse_request_line(line):
     return method.decode(), target, min(int(minor), 1)      # RFC 9110, 2.5: 1.2 is as good as 1.1
 
 
-@functools.lru_cache(maxsize=1000)
 def environ_key(name):
     """The environ's key for a field name (PEP 3333), or None.
 
@@ -3084,6 +3193,9 @@ def environ_key(name):
     return key if key in ("CONTENT_LENGTH", "CONTENT_TYPE") else "HTTP_" + key
 
 
+cached_environ_key = functools.lru_cache(maxsize=256)(environ_key)
+
+
 def add_fields(environ, fields):
     """Put the field lines (5) into the environ.  Raises BadRequest."""
     if not FIELDS.fullmatch(fields):
@@ -3092,7 +3204,7 @@ def add_fields(environ, fields):
     if len(pairs) > MAX_FIELDS:
         raise BadRequest(431, "there are more than %d fields" % MAX_FIELDS)
     for name, value in pairs:
-        key = environ_key(name)
+        key = cached_environ_key(name) if len(name) <= 64 else environ_key(name)
         value = value.strip(b" \t").decode("latin-1")
         if key in environ:
             if key in SINGLE_FIELDS:
@@ -3296,8 +3408,7 @@ CLOSE_TIMEOUT = 3.0                        # seconds that answers have to be fin
 
 def serve(settings):
     """Run the engine until SIGTERM, SIGINT or SIGHUP; the exit status."""
-    events = SimpleQueue()
-    catch_signals(events)
+    events = ProcessEvents()
     app = Application(settings)
     inherited = systemd_listener()
     try:
@@ -3317,45 +3428,66 @@ def serve(settings):
              server.server_address[1], settings.host or "every interface", os.getpid())
     if settings.secret is None:
         log.warning("REPLICAS_ENGINE_SECRET is not set: nothing but /health will be answered")
-    app.runner.changed = lambda: events.put("turn")
+
+    def stop():
+        app.runner.close()
+        server.close(CLOSE_TIMEOUT, keep_queue=inherited is not None)
+        events.put(ProcessEvents.STOPPED)
+
+    app.runner.changed = lambda: events.put(ProcessEvents.TURN)
     notify("READY=1\nSTATUS=Idle")
-    wait_for_stop(events, server, app.runner)
-    log.info("stopping")
-    notify("STOPPING=1")
-    app.runner.close()
-    server.close(CLOSE_TIMEOUT, keep_queue=inherited is not None)
+    watch(events, server, app.runner, stop)
     log.info("stopped")
     return 0
 
 
-def catch_signals(events):
-    """Put what comes into `events`; a second request to stop is obeyed at once."""
-    stops = []
+class ProcessEvents:
+    """What the main thread waits for: signals, and the numbers below from other threads.
 
-    def stop(number, frame):
-        if stops:
-            os._exit(128 + number)
-        stops.append(number)
-        events.put("stop")
+    A pipe (signal.set_wakeup_fd), since the kernel may hand a signal to any thread, and then
+    nothing else wakes the main one.
+    """
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:   # nohup
-            signal.signal(number, stop)
-    signal.signal(signal.SIGCHLD, lambda number, frame: events.put("child"))
+    TURN, STOPPED = 100, 101                # beside the numbers of signals
+    STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self):
+        self._out, self._into = os.pipe()
+        os.set_blocking(self._into, False)
+        signal.set_wakeup_fd(self._into, warn_on_full_buffer=False)
+        for number in self.STOP + (signal.SIGCHLD,):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:   # nohup
+                signal.signal(number, lambda number, frame: None)
+
+    def put(self, number):
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._into, bytes([number]))
+
+    def get(self, timeout):
+        """What has come, each thing once; empty after `timeout` seconds (None: wait on)."""
+        ready, _, _ = select.select([self._out], [], [], timeout)
+        return set(os.read(self._out, 65536)) if ready else set()
 
 
-def wait_for_stop(events, server, runner):
-    interval = watchdog_interval()
+def watch(events, server, runner, stop):
+    """The main thread's work: call `stop` in a thread when told to, and return when it is done; a
+    second demand to stop is obeyed at once.  Meanwhile reap orphans and keep systemd informed."""
+    interval, stopping = watchdog_interval(), False
     while True:
-        try:
-            event = events.get(timeout=interval)
-        except Empty:
-            event = "watchdog"
-        if event == "stop":
+        news = events.get(interval)
+        if ProcessEvents.STOPPED in news:
             return
-        if event == "child":
+        demand = news.intersection(ProcessEvents.STOP)
+        if demand and stopping:
+            os._exit(128 + demand.pop())
+        if demand:
+            stopping = True
+            log.info("stopping")
+            notify("STOPPING=1")
+            threading.Thread(target=stop, daemon=True).start()
+        if signal.SIGCHLD in news:
             reap_orphans()
-        if event == "turn":
+        if ProcessEvents.TURN in news and not stopping:
             notify("STATUS=Running turn %d" % runner.latest if runner.is_running()
                    else "STATUS=Idle")
         if interval and time.monotonic() - server.last_look < WATCHDOG_LIMIT:

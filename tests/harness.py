@@ -142,7 +142,7 @@ class Engine:
         self.env = {
             "PATH": os.pathsep.join([os.path.dirname(sys.executable), "/usr/local/bin", "/usr/bin",
                                      "/bin"]),
-            "HOME": self.home, "TMPDIR": self.tmp, "LANG": "C.UTF-8", "TZ": "UTC",
+            "HOME": self.home, "TMPDIR": self.tmp, "PYTHONFAULTHANDLER": "1", "LANG": "C.UTF-8", "TZ": "UTC",
             "HOST": "127.0.0.1", "PORT": "0", "REPLICAS_ENGINE_SECRET": SECRET,
             "WORKSPACE_HOME": self.workspace, "REPLICAS_ENGINE_STATE": self.state,
             "CODEX_HOME": self.codex_home, "CODEX_PATH": STAND_IN_CODEX}
@@ -175,7 +175,12 @@ class Engine:
         """Stop it; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=PATIENCE)
+        try:
+            return self.process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)    # PYTHONFAULTHANDLER: where is it stuck?
+            self.process.wait()
+            raise AssertionError("the engine does not stop:\n" + self.log()[-5000:]) from None
 
     def kill(self):
         self.process.kill()
@@ -217,7 +222,7 @@ class Engine:
     def send(self, message, **options):
         """A whole turn: its events, checked."""
         answer = self.post("/codex/send", dict(options, message=message))
-        assert answer.status == 200, (answer.status, answer.body)
+        assert answer.status == 200, (answer.status, answer.body, self.log()[-2000:])
         return check_stream(answer.events())
 
     def start_turn(self, message, **options):

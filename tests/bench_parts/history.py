@@ -1,0 +1,158 @@
+"""Reading a big rollout through `GET /codex/history`, against a bare loop of json.loads."""
+
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from harness import Engine, script
+
+MB = 1024 * 1024
+BARE_LOOP = """
+import json, sys, time
+begin = time.perf_counter()
+with open(sys.argv[1], "rb") as file:
+    for line in file:
+        try:
+            json.loads(line)
+        except ValueError:
+            pass
+print(time.perf_counter() - begin)
+"""
+
+
+def write_rollout(path, size, long_line=3 * MB):
+    """A rollout as Codex writes them: events, messages, outputs of commands, one very long line
+    and one that a crash cut off in its middle."""
+    random.seed(4)
+    words = ["replicas", "engine", "def", "return", "\"quoted\"", "C:\\path", "größe", "\n    ",
+             "=>", "0x7f", "\u2028", "\u001b[32m", "test", "ok", "\U0001f600", "=" * 40]
+
+    def text(length):
+        return " ".join(random.choices(words, k=length // 7))
+
+    samples = []
+    for length in [60, 90, 150, 300, 300, 900, 900, 2500, 6000, 40000]:
+        for n in range(3):
+            stamp = "2025-10-26T04:00:%02d.%03dZ" % (random.randrange(60), random.randrange(1000))
+            payloads = (
+                {"type": "agent_message", "message": text(length)},
+                {"type": "token_count", "info": {"total_token_usage": {
+                    "input_tokens": random.randrange(10 ** 6), "output_tokens": 11},
+                    "rate_limits": {"primary": {"used_percent": 12.5, "window_minutes": 299}}}},
+                {"type": "function_call_output", "call_id": "call_%d" % n,
+                 "output": json.dumps({"output": text(length), "metadata": {"exit_code": 0}})},
+                {"type": "reasoning", "summary": [], "encrypted_content": "gAAAAA" * (length // 6)})
+            samples += [json.dumps({"timestamp": stamp, "type": "response_item", "payload": payload},
+                                   ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+                        for payload in payloads]
+    with open(path, "wb") as file:
+        while file.tell() < size // 2:
+            file.write(random.choice(samples))
+        file.write(samples[-1][:500] + b"\n")
+        file.write(b'{"type":"compacted","payload":"%b"}\n' % (b"x" * long_line))
+        while file.tell() < size:
+            file.write(random.choice(samples))
+
+
+def memory(engine, field="VmHWM"):
+    """A process's memory in MB: the most it ever was (VmHWM), or what it is now (VmRSS)."""
+    with open("/proc/%d/status" % engine.process.pid) as file:
+        return int(re.search(field + r":\s+(\d+)", file.read()).group(1)) / 1024
+
+
+def read_history(engine, query=""):
+    """Read and discard it: seconds until the first byte and until the end, and the last bytes."""
+    begin = time.perf_counter()
+    connection, response = engine.open("GET", "/codex/history" + query)
+    first, end, buffer = response.read(1), b"", bytearray(256 * 1024)
+    to_first = time.perf_counter() - begin
+    while True:
+        count = response.readinto(buffer)
+        if not count:
+            connection.close()
+            return to_first, time.perf_counter() - begin, (first + end)[-200:]
+        end = (end + buffer[max(0, count - 200):count])[-200:]
+
+
+def small_answers(engine, query, times=50):
+    """The median time in ms of a short answer on a connection that is kept."""
+    connection = engine.connect()
+    took = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        connection.request("GET", "/codex/history" + query,
+                           headers={"X-Replicas-Engine-Secret": engine.env["REPLICAS_ENGINE_SECRET"]})
+        connection.getresponse().read()
+        took.append(time.perf_counter() - begin)
+    connection.close()
+    return statistics.median(took) * 1000
+
+
+def p99_of_pings(engine, condition):
+    """The 99th percentile in ms of /ping, asked one after the other while `condition()`."""
+    connection, took = engine.connect(), []
+    while condition():
+        begin = time.perf_counter()
+        connection.request("GET", "/ping",
+                           headers={"X-Replicas-Engine-Secret": engine.env["REPLICAS_ENGINE_SECRET"]})
+        connection.getresponse().read()
+        took.append(time.perf_counter() - begin)
+    connection.close()
+    return sorted(took)[int(len(took) * 0.99)] * 1000
+
+
+def bare_loop(path):
+    """Seconds that a loop of json.loads takes over the file, in this Python."""
+    return float(subprocess.run([sys.executable, "-c", BARE_LOOP, path], check=True,
+                                stdout=subprocess.PIPE).stdout)
+
+
+def run(size=100 * MB, rounds=5):
+    """[(what, ratio or value, limit or None, what it is measured against)]"""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine(folder).start()
+        try:
+            return _measure(engine, size, rounds)
+        finally:
+            engine.stop()
+
+
+def _measure(engine, size, rounds):
+    engine.send(script({"thread": "new"}, {"complete": True}))
+    path = engine.status()["session_file"]
+    read_history(engine)
+    before = memory(engine)
+    write_rollout(path, size)
+    whole, bare, first = [], [], []
+    for _ in range(rounds):
+        bare.append(bare_loop(path))
+        to_first, to_end, end = read_history(engine)
+        first.append(to_first * 1000)
+        whole.append(to_end)
+    growth = memory(engine) - before
+    cursor = json.loads(b"{" + end[end.rindex(b'"cursor"'):])["cursor"]
+
+    until = time.monotonic() + 3
+    idle = p99_of_pings(engine, lambda: time.monotonic() < until)
+    reader = threading.Thread(target=read_history, args=(engine,))
+    reader.start()
+    busy = p99_of_pings(engine, reader.is_alive)
+    megabytes = os.path.getsize(path) // MB
+    return [
+        ("history: read %d MB (%.2f s)" % (megabytes, statistics.median(whole)),
+         statistics.median(whole) / statistics.median(bare), 1.5,
+         "a bare loop of json.loads over the file (%.2f s)" % statistics.median(bare)),
+        ("history: p99 of /ping meanwhile (%.1f ms)" % busy, busy / idle, None,
+         "p99 of /ping on the idle engine (%.2f ms)" % idle),
+        ("history: first byte, ms", statistics.median(first), 20, "absolute"),
+        ("history: tail=50, ms", small_answers(engine, "?tail=50"), 5, "absolute"),
+        ("history: after=, nothing new, ms", small_answers(engine, "?after=" + cursor), 5,
+         "absolute"),
+        ("history: growth of memory (VmHWM), MB", growth, 10, "before the first reading")]

@@ -1,0 +1,277 @@
+"""Debian machines for the tests of packaging/: a root tree made with mmdebstrap, booted with
+systemd-nspawn, each on an overlay of its own and in a network of its own. Needs root."""
+
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CACHE = os.path.join(CHECKOUT, ".cache", "machines")
+SUITE = "trixie"
+PACKAGES = "systemd,systemd-sysv,dbus,python3,curl,libpam-systemd,procps"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+CLONE = "/root/a clone"  # packaging/ works from a clone at any path
+SETTINGS = "/etc/replicas-engine/settings.env"
+
+
+def missing():
+    """What this machine lacks to boot others, or None."""
+    if os.geteuid() != 0:
+        return "needs root"
+    tools = [tool for tool in ("systemd-nspawn", "mmdebstrap", "nsenter", "setpriv", "dpkg-deb")
+             if not shutil.which(tool)]
+    return "needs " + ", ".join(tools) if tools else None
+
+
+def codex_0_169():
+    """The directory of the real Codex 0.169.0 (bin/codex is in it), or None."""
+    found = glob.glob(os.path.join(CHECKOUT, ".cache", "codex", "0.169.0", "node_modules",
+                                   "@openai", "*", "vendor", "*", "bin", "codex"))
+    return os.path.dirname(os.path.dirname(found[0])) if found else None
+
+
+def tree(extra=(), suite=SUITE):
+    """The root tree with those packages besides PACKAGES; made once, then taken from the cache."""
+    packages = ",".join((PACKAGES,) + tuple(extra))
+    name = "%s-%s" % (suite, hashlib.sha256(packages.encode()).hexdigest()[:12])
+    path = os.path.join(CACHE, name)
+    os.makedirs(CACHE, exist_ok=True)
+    with open(os.path.join(CACHE, name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.isdir(path):
+            shutil.rmtree(path + ".new", ignore_errors=True)
+            subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", "--include=" + packages,
+                            suite, path + ".new"], check=True, stdin=subprocess.DEVNULL)
+            subprocess.run(["chroot", path + ".new", "useradd", "--create-home",
+                            "--shell", "/bin/bash", "ubuntu"], check=True)
+            with open(path + ".new/etc/hosts", "w") as hosts:
+                hosts.write("127.0.0.1 localhost\n::1 localhost\n")
+            os.rename(path + ".new", path)
+    return path
+
+
+def sweep():
+    """Clears away what test runs that were killed have left: a mount and a folder."""
+    for base in glob.glob(os.path.join(CACHE, "run-*-*")):
+        if not os.path.exists("/proc/" + os.path.basename(base).split("-")[1]):
+            subprocess.run(["umount", os.path.join(base, "root")], stderr=subprocess.DEVNULL)
+            if not os.path.ismount(os.path.join(base, "root")):
+                shutil.rmtree(base, ignore_errors=True)
+
+
+class Machine:
+    """A booted machine. A context manager: nothing of it is left afterwards."""
+
+    def __init__(self, extra=(), suite=SUITE, binds=()):
+        self.name = "replicas-" + uuid.uuid4().hex[:12]
+        self.lower = tree(extra, suite)
+        self.binds = binds
+        self.leader = None
+        self._nspawn = None
+        self._mounted = False
+
+    def __enter__(self):
+        sweep()
+        self.base = tempfile.mkdtemp(prefix="run-%d-" % os.getpid(), dir=CACHE)
+        try:
+            self._lay()
+            self._copy_clone()
+            return self
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def _lay(self):
+        self.root = os.path.join(self.base, "root")
+        for name in ("root", "upper", "work"):
+            os.mkdir(os.path.join(self.base, name))
+        layers = "lowerdir=%s,upperdir=%s/upper,workdir=%s/work" % (
+            self.lower, self.base, self.base)
+        mount = subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, self.root],
+                               stderr=subprocess.DEVNULL)
+        self._mounted = mount.returncode == 0
+        if not self._mounted:  # An overlay can't lie on another one, as in some CI containers.
+            subprocess.run(["cp", "-a", "--reflink=auto", self.lower + "/.", self.root],
+                           check=True)
+        for source, target in self.binds:
+            os.makedirs(self.path(target), exist_ok=True)
+
+    def _copy_clone(self):
+        os.makedirs(self.path(CLONE))
+        shutil.copytree(os.path.join(CHECKOUT, "packaging"), self.path(CLONE, "packaging"))
+        for name in ("replicas_engine.py", "README.md"):
+            if os.path.exists(os.path.join(CHECKOUT, name)):
+                shutil.copy(os.path.join(CHECKOUT, name), self.path(CLONE, name))
+
+    def path(self, *parts):
+        """Where a path of the machine lies here."""
+        return os.path.join(self.root, *[part.lstrip("/") for part in parts])
+
+    def write(self, path, text, mode=0o644):
+        os.makedirs(os.path.dirname(self.path(path)), exist_ok=True)
+        with open(self.path(path), "w") as file:
+            file.write(text)
+        os.chmod(self.path(path), mode)
+
+    def read(self, path):
+        with open(self.path(path)) as file:
+            return file.read()
+
+    def boot(self):
+        # It goes when we are killed, and the machine with it.
+        command = ["setpriv", "--pdeathsig", "KILL",
+                   "systemd-nspawn", "--quiet", "-D", self.root, "--boot", "--register=no",
+                   "--keep-unit", "-M", self.name, "--private-network", "--console=pipe"]
+        command += ["--bind-ro=%s:%s" % bind for bind in self.binds]
+        self._log = open(os.path.join(self.base, "console.log"), "ab")
+        self._nspawn = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log,
+                                        stderr=subprocess.STDOUT, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            self.leader = self._find_leader()
+            # "degraded" will do: what doesn't work in a container is not ours.
+            if self.leader and self.run("systemctl is-system-running", check=False).stdout.strip() in (
+                    "running", "degraded"):
+                return self
+            if self._nspawn.poll() is not None:
+                break
+            time.sleep(0.1)
+        with open(os.path.join(self.base, "console.log"), errors="replace") as log:
+            raise RuntimeError("the machine did not boot:\n" + log.read()[-4000:])
+
+    def _find_leader(self):
+        children = "/proc/%d/task/%d/children" % (self._nspawn.pid, self._nspawn.pid)
+        try:
+            with open(children) as file:
+                pids = file.read().split()
+        except FileNotFoundError:
+            return None
+        return int(pids[0]) if pids else None
+
+    def halt(self):
+        """As when the plug is pulled. The disk is kept, and the machine can boot again."""
+        if self._nspawn is None:
+            return
+        if self.leader and self._nspawn.poll() is None:
+            try:
+                os.kill(self.leader, signal.SIGKILL)  # pid 1 of its namespace: all go with it
+            except ProcessLookupError:
+                pass
+        try:
+            self._nspawn.wait(10)
+        except subprocess.TimeoutExpired:
+            self._nspawn.kill()
+            self._nspawn.wait()
+        self._log.close()
+        self._nspawn = self.leader = None
+
+    def close(self):
+        self.halt()
+        if self._mounted:
+            for _ in range(50):
+                if subprocess.run(["umount", self.root], stderr=subprocess.DEVNULL).returncode == 0:
+                    break
+                time.sleep(0.1)
+            else:
+                subprocess.run(["umount", "--lazy", self.root], check=True)
+            self._mounted = False
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def enter(self):
+        """The command line that another is appended to in order to run in the machine."""
+        return ["nsenter", "-t", str(self.leader), "-a"]
+
+    def run(self, command, check=True, timeout=60, input=None):
+        """A shell command line as root in the machine; its output is text."""
+        arguments = self.enter() + ["env", "-i", "PATH=" + PATH, "HOME=/root", "sh", "-c", "cd /\n" + command]
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, start_new_session=True)
+        try:
+            stdout, stderr = process.communicate(input or "", timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            raise
+        if check and process.returncode:
+            raise AssertionError("%s: status %d\n%s%s\n%s" % (
+                command, process.returncode, stdout, stderr, self.journal()))
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+    def out(self, command, **options):
+        return self.run(command, **options).stdout.strip()
+
+    def journal(self):
+        return self.run("journalctl -u replicas-engine.service -u replicas-engine.socket"
+                        " --no-pager -n 60 -o short-precise", check=False).stdout
+
+    # What the tests ask of the installed engine.
+
+    def install(self, options="", **how):
+        return self.run("'%s/packaging/install' %s" % (CLONE, options), **how)
+
+    def secret(self):
+        return self.out("sed -n 's/^REPLICAS_ENGINE_SECRET=//p' " + SETTINGS)
+
+    def pid(self):
+        return int(self.out("systemctl show -p MainPID --value replicas-engine.service"))
+
+    def states(self):
+        """Active and enabled, of the service and of the socket."""
+        return self.out("systemctl is-active replicas-engine.service replicas-engine.socket;"
+                        "systemctl is-enabled replicas-engine.service replicas-engine.socket",
+                        check=False).split()
+
+    def status(self):
+        """What `systemctl status` shows."""
+        return self.run("systemctl status --no-pager --full replicas-engine.service",
+                        check=False).stdout
+
+    def get(self, path, secret=None, port=3737, check=True):
+        """(status, body) of a GET in the machine; status 0 where there was no answer."""
+        header = "-H 'X-Replicas-Engine-Secret: %s'" % secret if secret else ""
+        got = self.run("curl -s -m 30 -w '\\n%%{http_code}' %s http://127.0.0.1:%d%s" % (
+            header, port, path), check=False).stdout
+        body, _, status = got.rpartition("\n")
+        return int(status), body
+
+    def post(self, path, body, secret, port=3737, timeout=60):
+        got = self.run("curl -sN -m %d -w '\\n%%{http_code}' -H 'X-Replicas-Engine-Secret: %s'"
+                       " --data-binary @- http://127.0.0.1:%d%s" % (timeout, secret, port, path),
+                       input=json.dumps(body), timeout=timeout + 5, check=False).stdout
+        text, _, status = got.rpartition("\n")
+        return int(status), text
+
+    def wait_for(self, condition, seconds=10, every=0.05):
+        """Seconds that passed until condition() was true."""
+        start = time.monotonic()
+        while not condition():
+            if time.monotonic() - start > seconds:
+                raise AssertionError("not within %s s\n%s" % (seconds, self.journal()))
+            time.sleep(every)
+        return time.monotonic() - start
+
+    def files(self):
+        """Every file that an installation could touch: path, mode, owner, size, time."""
+        listing = self.out(
+            "find / -xdev \\( -path /proc -o -path /sys -o -path /run -o -path /dev -o -path /tmp"
+            " -o -path /var/log -o -path /var/tmp -o -path /var/cache -o -path /var/lib/apt"
+            " -o -path /var/lib/dpkg -o -path /var/lib/systemd/timers -o -path '%s' \\) -prune -o"
+            " -printf '%%p\\t%%m %%u %%s %%T@ %%l\\n'" % CLONE)
+        found = dict(line.split("\t", 1) for line in listing.splitlines())
+        # Kept by the system itself.
+        for path in ("/", "/etc", "/root", "/var/lib/systemd/random-seed", "/var/lib/systemd",
+                     "/etc/ld.so.cache", "/etc/machine-id", "/etc/.updated", "/var/.updated"):
+            found.pop(path, None)
+        return found

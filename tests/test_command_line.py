@@ -1,0 +1,286 @@
+"""The process as a whole: its command line, its start and its end, its log."""
+
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+
+import pytest
+
+import harness
+import replicas_engine
+from harness import script, wait_for
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, harness.MODULE, *arguments], timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def test_version():
+    result = run("--version")
+    assert (result.returncode, result.stdout) == (
+        0, b"replicas-engine %s\n" % replicas_engine.__version__.encode())
+
+
+def test_help():
+    result = run("--help")
+    assert result.returncode == 0
+    for word in (b"--check", b"--version", b"REPLICAS_ENGINE_SECRET", b"README.md"):
+        assert word in result.stdout
+
+
+def test_an_unknown_option():
+    result = run("--chekc")
+    assert result.returncode == 2 and b"--chekc" in result.stdout
+
+
+@pytest.fixture
+def complete(tmp_path):
+    """An environment in which --check finds everything."""
+    for name in ("workspace", ".codex"):
+        (tmp_path / name).mkdir()
+    return {"HOME": str(tmp_path), "CODEX_PATH": harness.STAND_IN_CODEX, "PATH": os.environ["PATH"],
+            "WORKSPACE_HOME": str(tmp_path / "workspace"), "REPLICAS_ENGINE_SECRET": "s",
+            "CODEX_API_KEY": "k", "HOST": "127.0.0.1", "PORT": "0"}
+
+
+def check(env):
+    result = run("--check", env=env, cwd=env["HOME"])
+    return result.returncode, result.stdout.decode()
+
+
+def test_check_finds_everything(complete):
+    status, output = check(complete)
+    assert status == 0, output
+    assert all(line.startswith("ok ") for line in output.splitlines())
+    assert "version 0.169.0" in output
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"CODEX_PATH": "/nowhere"}, "CODEX_PATH=/nowhere"),
+    ({"CODEX_PATH": None, "PATH": "/nowhere"}, "npm install -g @openai/codex"),
+    ({"CODEX_PATH": "/bin/true"}, "does not say its version"),
+    ({"CODEX_API_KEY": None}, "OPENAI_API_KEY"),
+    ({"REPLICAS_ENGINE_SECRET": None}, "REPLICAS_ENGINE_SECRET"),
+    ({"WORKSPACE_HOME": "/nowhere"}, "WORKSPACE_HOME"),
+    ({"REPLICAS_ENGINE_STATE": "/proc/nowhere"}, "REPLICAS_ENGINE_STATE"),
+])
+def test_check_says_what_is_missing(complete, change, says):
+    env = {name: value for name, value in dict(complete, **change).items() if value}
+    status, output = check(env)
+    assert status == 1
+    missing = [line for line in output.splitlines() if line.startswith("MISSING")]
+    if missing and shutil_which_codex(change):
+        pytest.skip("this machine has a Codex in one of npm's global places")
+    assert len(missing) == 1 and says in missing[0]
+
+
+def shutil_which_codex(change):
+    return "PATH" in change and any(
+        os.path.exists(os.path.join(place, "codex")) for place in replicas_engine.GLOBAL_PLACES)
+
+
+def test_check_takes_a_login_for_a_key(complete, tmp_path):
+    (tmp_path / ".codex" / "auth.json").write_text("{}")
+    status, output = check({k: v for k, v in complete.items() if k != "CODEX_API_KEY"})
+    assert status == 0 and "auth.json" in output
+
+
+def test_check_and_the_port(complete):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, output = check(dict(complete, PORT=str(taken.getsockname()[1])))
+    assert status == 1 and "set PORT to another" in output
+
+
+def test_check_beside_a_running_engine(complete, engine):
+    status, output = check(dict(complete, PORT=str(engine.port)))
+    assert status == 0 and "an engine answers" in output
+
+
+def test_a_port_in_use(make_engine, engine):
+    second = make_engine("second", start=False, PORT=str(engine.port)).start(wait=False)
+    assert second.process.wait(harness.PATIENCE) == 1
+    assert "port %d" % engine.port in second.log()
+
+
+def test_a_state_directory_in_use(make_engine, engine):
+    second = make_engine("second", start=False, REPLICAS_ENGINE_STATE=engine.state)
+    second.start(wait=False)
+    assert second.process.wait(harness.PATIENCE) == 1
+    assert engine.state in second.log() and "another engine" in second.log()
+
+
+def test_a_state_directory_that_cannot_be_made(make_engine):
+    engine = make_engine(start=False, REPLICAS_ENGINE_STATE="/proc/nowhere").start(wait=False)
+    assert engine.process.wait(harness.PATIENCE) == 1
+    assert "state directory" in engine.log() and "Traceback" not in engine.log()
+
+
+def test_the_state_is_private(engine):
+    engine.send("hi")
+    for folder, _, files in os.walk(engine.state):
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+        for name in files:
+            mode = os.stat(os.path.join(folder, name)).st_mode
+            assert stat.S_IMODE(mode) & 0o077 == 0 or name == "lock", name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_an_idle_engine_ends_when_told(engine, number):
+    with socket.create_connection(("127.0.0.1", engine.port)) as idle:
+        assert engine.stop(number) == 0
+        assert idle.recv(1) == b""
+    assert "stopped" in engine.log()
+
+
+def test_without_a_secret_it_warns(make_engine):
+    engine = make_engine(REPLICAS_ENGINE_SECRET=None)
+    wait_for(lambda: "REPLICAS_ENGINE_SECRET is not set" in engine.log())
+    assert engine.request("GET", "/health", secret=None).status == 200
+    assert engine.request("GET", "/ping").status == 500
+
+
+# Its log
+
+def test_a_line_a_request(engine):
+    engine.get("/health")
+    engine.get("/ping?x=1")
+    engine.get("/nowhere")
+    engine.send("a message that nobody else may read")
+    engine.request("GET", "/ping", secret="a wrong secret")
+    lines = wait_for(lambda: engine.log().count("GET /ping") == 2 and engine.log()).splitlines()
+    assert [re.sub(r"[0-9.]+ ms$", "N ms", line.split(" ", 2)[2]) for line in lines
+            if " ms" in line] == [
+        "GET /ping 200 N ms", "GET /nowhere 404 N ms", "POST /codex/send 200 N ms",
+        "GET /ping 401 N ms"]
+    for line in lines:
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (debug|info|warning|error) ", line)
+    assert "turn 1 started" in engine.log() and "turn 1 ended: turn.completed" in engine.log()
+    assert "nobody else" not in engine.log() and harness.SECRET not in engine.log()
+    assert "wrong secret" not in engine.log() and "/health" not in engine.log()
+
+
+def test_development_logs_more(make_engine):
+    engine = make_engine(NODE_ENV="development")
+    engine.get("/health")
+    wait_for(lambda: "GET /health 200" in engine.log())
+
+
+def test_a_pipe_that_nobody_reads_stops_nothing(make_engine):
+    """0.1.0 crashed on one."""
+    engine = make_engine(start=False)
+    out, into = os.pipe()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        engine.port = free.getsockname()[1]
+    engine.env["PORT"] = str(engine.port)
+    engine.process = subprocess.Popen([sys.executable, harness.MODULE], env=engine.env,
+                                      cwd=engine.folder, stderr=into)
+    os.close(into)
+
+    def answers():
+        try:
+            return engine.get("/ping").status == 200
+        except OSError:
+            return False
+
+    wait_for(answers)
+    connection = engine.connect()
+    for _ in range(3000):                       # some 50 bytes each: more than a pipe holds
+        connection.request("GET", "/ping", headers={"X-Replicas-Engine-Secret": harness.SECRET})
+        connection.getresponse().read()
+    connection.close()
+    assert engine.send("hi")[-2].type == "turn.completed"
+    with open(out, "rb") as pipe:
+        assert b"listening" in pipe.read(1 << 16)
+        engine.get("/ping")
+        assert b"lines were dropped" in pipe.read(200)
+        assert engine.stop() == 0
+
+
+def test_a_log_that_is_closed_stops_nothing(make_engine):
+    engine = make_engine(start=False)
+    out, into = os.pipe()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        engine.port = free.getsockname()[1]
+    engine.env["PORT"] = str(engine.port)
+    engine.process = subprocess.Popen([sys.executable, harness.MODULE], env=engine.env,
+                                      cwd=engine.folder, stderr=into)
+    os.close(into)
+    with open(out, "rb") as pipe:
+        assert b"listening" in pipe.readline()
+    assert engine.send("hi")[-2].type == "turn.completed"
+    assert engine.stop() == 0
+
+
+def test_journal_priorities(make_engine, tmp_path):
+    """systemd.exec(5): $JOURNAL_STREAM names standard error's device and inode."""
+    log = tmp_path / "journal"
+    log.touch()
+    status = os.stat(str(log))
+    with open(str(log), "ab") as file:
+        engine = make_engine(start=False)
+        env = dict(engine.env, JOURNAL_STREAM="%d:%d" % (status.st_dev, status.st_ino),
+                   REPLICAS_ENGINE_SECRET="", REPLICAS_ENGINE_STATE=str(tmp_path / "state"))
+        process = subprocess.Popen([sys.executable, harness.MODULE], env=env, cwd=str(tmp_path),
+                                   stderr=file)
+        lines = wait_for(lambda: len(log.read_text().splitlines()) == 2 and
+                         log.read_text().splitlines())
+        process.terminate()
+        process.wait()
+    assert lines[0].startswith("<6>replicas-engine ") and lines[1].startswith("<4>REPLICAS_ENGINE")
+
+
+# systemd's protocols, spoken by a test instead of systemd
+
+@pytest.fixture
+def notifications(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(harness.PATIENCE)
+        yield sock
+
+
+def test_notify_and_watchdog(make_engine, notifications):
+    engine = make_engine(NOTIFY_SOCKET=notifications.getsockname(), WATCHDOG_USEC="100000")
+    assert notifications.recv(100) == b"READY=1\nSTATUS=Idle"
+    assert notifications.recv(100) == b"WATCHDOG=1"
+    engine.start_turn(script({"thread": "new"}, {"sleep": 30}))
+    wait_for(lambda: notifications.recv(100) == b"STATUS=Running turn 1")
+    engine.post("/codex/interrupt")
+    wait_for(lambda: notifications.recv(100) == b"STATUS=Idle")
+    assert "NOTIFY_SOCKET" not in engine.calls()[0]["env"]
+    assert "WATCHDOG_USEC" not in engine.calls()[0]["env"]
+    engine.stop()
+    wait_for(lambda: notifications.recv(100) == b"STOPPING=1")
+
+
+def test_a_socket_from_systemd(make_engine):
+    """sd_listen_fds(3); the socket goes on being there while the engine is not."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        engine = make_engine(start=False, LISTEN_FDS="1")
+        engine.port = listener.getsockname()[1]
+
+        program = ("import os, sys\nos.dup2(int(sys.argv[1]), 3)\n"
+                   "os.environ['LISTEN_PID'] = str(os.getpid())\n"
+                   "os.execv(sys.executable, [sys.executable, sys.argv[2]])")
+
+        def start():
+            with open(engine.log_path, "ab") as log_file:
+                engine.process = subprocess.Popen(
+                    [sys.executable, "-c", program, str(listener.fileno()), harness.MODULE],
+                    env=engine.env, cwd=engine.folder, stderr=log_file,
+                    pass_fds=[listener.fileno()])
+
+        start()
+        assert engine.send("hi")[-2].type == "turn.completed"
+        assert "LISTEN_FDS" not in engine.calls()[0]["env"]
+        assert engine.stop() == 0
+        waiting = engine.connect()
+        waiting.request("GET", "/health")       # nobody is there, and nothing is refused
+        start()
+        assert waiting.getresponse().status == 200
+        waiting.close()

@@ -1,0 +1,469 @@
+"""The request parser against a second, naive reading of RFC 9112's grammar.
+
+The naive reader below goes through a request byte by byte, without a regular expression, and was
+written from the ABNF alone.  Hypothesis makes requests, broken ones and worse; both readers must
+agree on whether a request is one, and on its method, path, query, fields, body and on where the
+next one begins.  FUZZ_SECONDS says how long; FUZZ_COUNT names a file for the number of cases.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+
+import conftest
+import pytest
+
+import replicas_engine
+
+try:
+    import hypothesis
+    from hypothesis import strategies as st
+except ImportError:
+    hypothesis = None
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))
+ROUND = 200                         # cases between two looks at the clock
+
+
+# The naive reader
+
+class Refused(Exception):
+    pass
+
+
+def need(condition):
+    if not condition:
+        raise Refused
+
+
+DIGITS = b"0123456789"
+HEX = b"0123456789abcdefABCDEF"
+ALPHA = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TCHAR = frozenset(b"!#$%&'*+-.^_`|~" + DIGITS + ALPHA)
+SUB_DELIMS = b"!$&'()*+,;="
+UNRESERVED = ALPHA + DIGITS + b"-._~"
+BAD_TRAILERS = ("content-length", "transfer-encoding", "host", "authorization",
+                "content-encoding", "content-type", "content-range", "trailer", "te",
+                "connection", "expect", "x-replicas-engine-secret")
+
+
+class Reader:
+    """Reads from `data`, from `position` on; whatever is missing or wrong is refused."""
+
+    def __init__(self, data):
+        self.data = data
+        self.position = 0
+
+    def peek(self):
+        return self.data[self.position] if self.position < len(self.data) else -1
+
+    def next(self):
+        byte = self.peek()
+        need(byte >= 0)
+        self.position += 1
+        return byte
+
+    def expect(self, text):
+        for byte in text:
+            need(self.next() == byte)
+
+    def at(self, text):
+        return self.data[self.position:self.position + len(text)] == text
+
+    def while_in(self, allowed):
+        begin = self.position
+        while self.peek() >= 0 and self.peek() in allowed:
+            self.position += 1
+        return self.data[begin:self.position]
+
+    def token(self):
+        token = self.while_in(TCHAR)
+        need(token)
+        return token
+
+
+def read_naively(data):
+    """(method, path, query, fields, body, rest) of the first request, or None if it is none."""
+    try:
+        return naive_request(Reader(data))
+    except Refused:
+        return None
+
+
+def naive_request(reader):
+    while reader.at(b"\r\n"):
+        reader.expect(b"\r\n")
+    begin = reader.position
+    method = reader.token().decode()
+    reader.expect(b" ")
+    target = reader.while_in(frozenset(range(0x21, 0x7f)))
+    need(target)
+    reader.expect(b" HTTP/1.")
+    version = reader.next()
+    need(version in DIGITS)
+    version = "HTTP/1.0" if version == ord("0") else "HTTP/1.1"
+    need(reader.position - begin <= replicas_engine.MAX_REQUEST_LINE)
+    reader.expect(b"\r\n")
+    lines = []
+    while not reader.at(b"\r\n"):
+        lines.append(naive_field(reader))
+    reader.expect(b"\r\n")
+    need(reader.position - begin <= replicas_engine.MAX_HEAD)
+    need(len(lines) <= replicas_engine.MAX_FIELDS)
+    fields = {}
+    for name, value in lines:
+        if "_" in name:
+            continue
+        need(not (name in fields and name in ("host", "content-length", "transfer-encoding")))
+        fields[name] = fields[name] + "," + value if name in fields else value
+    path, query = naive_target(method, target, fields.get("host"), version)
+    need(fields.get("expect", "").lower() in ("", "100-continue"))
+    body = naive_body(reader, fields, version)
+    return method, path, query, fields, body, reader.data[reader.position:]
+
+
+def naive_field(reader):
+    name = reader.token().decode().lower()
+    reader.expect(b":")
+    value = reader.while_in(frozenset(b"\t" + bytes(range(0x20, 0x7f)) + bytes(range(0x80, 0x100))))
+    reader.expect(b"\r\n")
+    while value[:1] in (b" ", b"\t"):
+        value = value[1:]
+    while value[-1:] in (b" ", b"\t"):
+        value = value[:-1]
+    return name, "".join(chr(byte) for byte in value)
+
+
+def naive_target(method, target, host, version):
+    need(method != "CONNECT")
+    need(host is not None or version == "HTTP/1.0")
+    if host is not None:
+        host = naive_authority(host.encode("latin-1"))
+    if target == b"*":
+        need(method == "OPTIONS")
+        return b"/", ""
+    if target[:1] != b"/":
+        need(target[:7].lower() == b"http://")
+        end = 7
+        while end < len(target) and target[end:end + 1] not in (b"/", b"?"):
+            end += 1
+        authority = naive_authority(target[7:end])
+        need(authority[0] != "" and host in (None, authority))
+        target = target[end:]
+        if target[:1] != b"/":
+            target = b"/" + target
+    path, question, query = target.partition(b"?")
+    return naive_pchars(path, b"/")[0], naive_pchars(query, b"/?")[1]
+
+
+def naive_pchars(text, more):
+    reader, decoded = Reader(text), []
+    while reader.peek() >= 0:
+        byte = reader.next()
+        if byte == ord("%"):
+            one, two = reader.next(), reader.next()
+            need(one in HEX and two in HEX)
+            byte = int(chr(one) + chr(two), 16)
+        else:
+            need(byte in UNRESERVED + SUB_DELIMS + b":@" + more)
+        decoded.append(byte)
+    return bytes(decoded), text.decode()
+
+
+def naive_authority(text):
+    reader, host = Reader(text), ""
+    if reader.peek() == ord("["):
+        reader.next()
+        address = reader.while_in(HEX + b":.")
+        reader.expect(b"]")
+        need(is_ipv6(address.decode()))
+        host = "[%s]" % address.decode()
+    else:
+        while reader.peek() not in (-1, ord(":")):
+            byte = reader.next()
+            if byte == ord("%"):
+                one, two = reader.next(), reader.next()
+                need(one in HEX and two in HEX)
+                host += "%" + chr(one) + chr(two)
+            else:
+                need(byte in UNRESERVED + SUB_DELIMS)
+                host += chr(byte)
+    port = b""
+    if reader.peek() >= 0:
+        reader.expect(b":")
+        port = reader.while_in(DIGITS)
+        need(reader.peek() < 0 and len(port) <= 5 and int(port or b"0") <= 65535)
+    return host.lower(), int(port or b"0") or 80
+
+
+def is_ipv6(text):
+    """RFC 4291, 2.2: eight groups, one run of them as `::`, the last two perhaps as IPv4."""
+    if text.count("::") > 1 or ":::" in text:
+        return False
+    head, gap, tail = text.partition("::")
+    groups = head.split(":") if head else []
+    behind = tail.split(":") if tail else []
+    last = (behind if gap else groups)[-1:]
+    if last and "." in last[0]:
+        parts = last[0].split(".")
+        if len(parts) != 4 or not all(
+                1 <= len(part) <= 3 and all(c in "0123456789" for c in part) and int(part) <= 255
+                and (part == "0" or part[0] != "0") for part in parts):
+            return False
+        (behind if gap else groups)[-1:] = ["0", "0"]
+    if not all(1 <= len(group) <= 4 and "." not in group for group in groups + behind):
+        return False
+    return len(groups) + len(behind) <= 7 if gap else len(groups) == 8
+
+
+def naive_body(reader, fields, version):
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    if length is not None:
+        need(length and len(length) <= 18 and all(c in "0123456789" for c in length))
+    if coding is not None:
+        need(length is None and version == "HTTP/1.1" and coding.lower() == "chunked")
+        return naive_chunks(reader)
+    return bytes(reader.next() for _ in range(int(length or "0")))
+
+
+def naive_chunks(reader):
+    body = b""
+    while True:
+        begin = reader.position
+        digits = reader.while_in(HEX)
+        need(1 <= len(digits) <= 16)
+        naive_extensions(reader)
+        reader.expect(b"\r\n")
+        need(reader.position - begin <= replicas_engine.MAX_CHUNK_LINE)
+        size = int(digits.decode(), 16)
+        if size == 0:
+            break
+        need(size <= len(reader.data))
+        body += bytes(reader.next() for _ in range(size))
+        reader.expect(b"\r\n")
+    begin = reader.position
+    while not reader.at(b"\r\n"):
+        name, _ = naive_field(reader)
+        need(name not in BAD_TRAILERS)
+        need(reader.position - begin <= replicas_engine.MAX_TRAILERS)
+    reader.expect(b"\r\n")
+    return body
+
+
+def naive_extensions(reader):
+    """*( BWS ";" BWS chunk-ext-name [ BWS "=" BWS chunk-ext-val ] )"""
+    while not reader.at(b"\r"):
+        reader.while_in(b" \t")
+        reader.expect(b";")
+        reader.while_in(b" \t")
+        reader.token()
+        behind = reader.position
+        reader.while_in(b" \t")
+        if reader.peek() != ord("="):
+            reader.position = behind
+            continue
+        reader.next()
+        reader.while_in(b" \t")
+        if reader.peek() != ord('"'):
+            reader.token()
+            continue
+        reader.next()
+        while reader.peek() != ord('"'):
+            byte = reader.next()
+            if byte == ord("\\"):
+                byte = reader.next()
+            need(byte == 9 or 0x20 <= byte <= 0x7e or byte >= 0x80)
+        reader.next()
+
+
+# The engine's reader, without a socket
+
+class Pieces(replicas_engine.Connection):
+    """A connection on which these pieces come, and then its end."""
+
+    def __init__(self, pieces):
+        self.pieces = [piece for piece in pieces if piece]
+        self.buffer = b""
+
+    def receive(self, seconds):
+        if not self.pieces:
+            return False
+        self.buffer += self.pieces.pop(0)
+        return True
+
+    def send(self, data):
+        assert data == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Server:
+    closing = False
+    always = frozenset()
+
+
+def read_by_engine(pieces):
+    handler = object.__new__(replicas_engine.WSGIRequestHandler)
+    handler.connection = Pieces(pieces)
+    handler.server, handler.spare, handler.idle, handler.environ = Server, False, False, {}
+    try:
+        head = handler.read_head()
+        if head is None:
+            return None
+        environ = handler.parse_head(head)
+        body = environ["wsgi.input"].read()
+    except replicas_engine.BadRequest as error:
+        assert error.status in (400, 408, 413, 414, 417, 431, 501)
+        return None
+    fields = {key[5:].replace("_", "-").lower(): value for key, value in environ.items()
+              if key.startswith("HTTP_")}
+    for key in ("CONTENT_LENGTH", "CONTENT_TYPE"):
+        if key in environ:
+            fields[key.replace("_", "-").lower()] = environ[key]
+    return (environ["REQUEST_METHOD"], environ["PATH_INFO"].encode("latin-1"),
+            environ["QUERY_STRING"], fields, body,
+            handler.connection.buffer + b"".join(handler.connection.pieces))
+
+
+def check(data, cuts=()):
+    edges = [0] + sorted(cut % (len(data) + 1) for cut in cuts) + [len(data)]
+    pieces = [data[begin:end] for begin, end in zip(edges, edges[1:])]
+    assert read_by_engine(pieces) == read_naively(data)
+
+
+# What is tried
+
+FRAGMENTS = [
+    b"GET", b"POST", b"OPTIONS", b"CONNECT", b"get", b"G", b" ", b"  ", b"\t", b"/", b"*", b"/ping",
+    b"/a%20b?c=%41", b"%", b"%4", b"%zz", b"?", b"#", b"http://a", b"http://a:80/x", b"HTTP://A/",
+    b"https://a/", b"http://", b"//a", b"@", b"a:b", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2",
+    b"HTTP/2.0", b"http/1.1", b"HTTP/1.10", b"\r\n", b"\r", b"\n", b"\r\n\r\n", b"\0", b"\x0b",
+    b"\x7f", b"\x80", b"\xff", b":", b"Host: a\r\n", b"Host:\r\n", b"Host: [::1]:80\r\n",
+    b"Host: [::1\r\n", b"Host: a,b\r\n", b"host: A:80\r\n", b"Host: a:99999\r\n", b"Host : a\r\n",
+    b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Content-Length: +5\r\n",
+    b"Content-Length: 5,5\r\n", b"Content-Length: 05\r\n", b"Content-Length:\r\n",
+    b"content-length:5\r\n", b"Content_Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"transfer-encoding:Chunked \r\n", b"Transfer-Encoding: gzip, chunked\r\n",
+    b"Transfer-Encoding: \x0bchunked\r\n", b"Transfer-Encoding: chunked,\r\n",
+    b"Expect: 100-continue\r\n", b"Expect: x\r\n", b"X: y\r\n", b"X:\r\n", b" X: y\r\n", b"X-Y: \t",
+    b"X_Y: 1\r\n", b": y\r\n", b"5\r\nhello\r\n", b"05;a=b\r\nhello\r\n", b"0\r\n", b"00\r\n",
+    b"0\r\n\r\n", b"5", b"a", b"F\r\n", b"0x5\r\n", b"5 \r\n", b"5;\r\n", b'5;a="b\\"c"\r\nhello\r\n',
+    b'5 ; a = "\xe4;\t"\r\nhello\r\n', b';a', b'="', b'"', b"\\", b"=", b";", b"hello", b"Te: x\r\n",
+    b"Trailer-Field: 1\r\n", b"ffffffffffffffff\r\n", b"00000000000000005\r\n", b"-5\r\n", b"5\n",
+    b"Content-Length: 1000000000000000000\r\n", b"X: " + b"a" * 5000, b"A: b\r\n" * 60,
+    b"x" * 8180, b"\r\n" * 3]
+
+
+def strategies():
+    fragment = st.sampled_from(FRAGMENTS)
+    soup = st.lists(st.one_of(fragment, st.binary(max_size=4)), max_size=25).map(b"".join)
+    method = st.sampled_from([b"GET", b"POST", b"POST", b"OPTIONS", b"HEAD", b"!#$", b"CONNECT"])
+    target = st.one_of(
+        st.sampled_from([b"/", b"/ping", b"*", b"http://a/b", b"http://a", b"/%7e?%20", b"//"]),
+        st.text("/?:@!$&'()*+,;=-._~aZ09", max_size=9).map(lambda text: b"/" + text.encode()),
+        st.text("/?%:@!$&'()*+,;=-._~aZ09[]\"<>#", min_size=1, max_size=12).map(str.encode))
+    version = st.sampled_from([b"HTTP/1.1"] * 6 + [b"HTTP/1.0", b"HTTP/1.7", b"HTTP/2.0"])
+    host = st.one_of(
+        st.sampled_from([b"Host: a\r\n"] * 8 + [b"", b"HOST:a:80\r\n", b"Host: [::1.2.3.4]\r\n"]),
+        st.text("[]:.0129abf%_-,@", max_size=10).map(lambda t: b"Host: %b\r\n" % t.encode()))
+    value = st.one_of(st.binary(max_size=6), st.text(" \tabc,=\"\\\x80\xff", max_size=8).map(
+        lambda text: text.encode("latin-1")))
+    name = st.text("aX-_.!~09", min_size=1, max_size=5).map(str.encode)
+    field = st.one_of(st.tuples(name, value).map(lambda pair: b"%b:%b\r\n" % pair),
+                      fragment.filter(lambda text: text.endswith(b"\r\n")))
+    good_field = st.tuples(name, st.text(" \tabc,=\"\\\x80\xff", max_size=8)).map(
+        lambda pair: b"%b:%b\r\n" % (pair[0], pair[1].encode("latin-1")))
+    fields = st.one_of(st.lists(good_field, max_size=4), st.lists(field, max_size=2)).map(b"".join)
+    extension = st.one_of(
+        st.just(b""), st.just(b""), st.sampled_from([b";a", b" ; b=c", b';d="\\""']),
+        st.text(" \t;=\"\\ab,\x80", max_size=8).map(
+            lambda text: text.encode("latin-1")))
+    size = st.sampled_from([b"%x", b"%X", b"0%x", b"000%X"])
+    line_end = st.sampled_from([b"\r\n"] * 20 + [b"\n", b"\r", b"", b"x\r\n", b"\r\n\r\n"])
+    chunk = st.tuples(size, st.binary(min_size=1, max_size=20), extension, line_end, line_end).map(
+        lambda item: item[0] % len(item[1]) + item[2] + item[3] + item[1] + item[4])
+    coding = st.sampled_from([b"chunked"] * 12 + [
+        b"Chunked\t", b"xchunked", b"gzip, chunked", b"chunked, identity", b"chunked,", b"\"chunked\"",
+        b"chunked\r\nTransfer-Encoding: chunked", b"chunked\r\nContent-Length: 5", b"chunked;a=b"])
+    chunked = st.tuples(coding, st.lists(chunk, max_size=4).map(b"".join),
+                        st.sampled_from([b"0", b"0", b"00", b"0;a"]), fields, line_end, soup).map(
+        lambda item: b"Transfer-Encoding: %b\r\n\r\n%b%b\r\n%b%b%b" % item)
+    shift = st.sampled_from([0] * 8 + [-1, 1])
+    plain = st.tuples(shift, st.binary(max_size=20), soup).map(
+        lambda item: b"Content-Length: %d\r\n\r\n%b%b"
+        % (item[0] + len(item[1]), item[1], item[2]))
+    none = soup.map(lambda rest: b"\r\n" + rest)
+    request = st.tuples(st.sampled_from([b""] * 5 + [b"\r\n", b"\r\n\r\n"]), method, target,
+                        version, host, fields, st.one_of(chunked, plain, none)).map(
+        lambda item: b"%b%b %b %b\r\n%b%b%b" % item)
+    mutated = st.builds(mutate, request, st.lists(
+        st.tuples(st.integers(0, 2000), st.integers(0, 2),
+                  st.one_of(st.binary(max_size=1), fragment)), min_size=1, max_size=3))
+    return (st.one_of(request, request, mutated, mutated, soup),
+            st.one_of(st.just([]), st.lists(st.integers(0, 3000), max_size=8)))
+
+
+def mutate(request, edits):
+    for place, length, what in edits:
+        place %= len(request) + 1
+        request = request[:place] + what + request[place + length:]
+    return request
+
+
+def test_naive_reader_reads():
+    data = (b"\r\nPOST http://A/x%20y?z HTTP/1.1\r\nhost: a:80\r\nA: 1\r\na:\t2 \r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n3 ;x = \"y\\\"\"\r\nabc\r\n0\r\nT: 1\r\n\r\nnext")
+    wanted = ("POST", b"/x y", "z", {"host": "a:80", "a": "1,2", "transfer-encoding": "chunked"},
+              b"abc", b"next")
+    assert read_naively(data) == wanted
+    for cut in range(len(data)):
+        check(data, [cut])
+    check(data, range(len(data)))
+
+
+@pytest.mark.parametrize("size", (-2, -1, 0, 1))
+def test_limits_agree(size):
+    for data in (
+            b"GET /%b HTTP/1.1\r\nHost:\r\n\r\n" % (b"x" * (8192 - 14 + size)),
+            b"GET / HTTP/1.1\r\nHost:\r\nX: %b\r\n\r\n" % (b"x" * (32768 - 30 + size)),
+            b"GET / HTTP/1.1\r\nHost:\r\n%b\r\n" % (b"X: y\r\n" * (99 + size)),
+            b"GET / HTTP/1.1\r\nHost:\r\nTransfer-Encoding: chunked\r\n\r\n1;%b\r\na\r\n0\r\n\r\n"
+            % (b"x" * (4096 - 4 + size)),
+            b"GET / HTTP/1.1\r\nHost:\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: 1\r\nB: %b\r\n"
+            b"\r\n" % (b"x" * (8192 - 11 + size))):
+        assert (read_naively(data) is None) == (size == 1), data[:100]
+        check(data)
+        check(data, range(0, len(data), 7))
+
+
+def test_fuzz():
+    if hypothesis is None:
+        conftest.unavailable("hypothesis is not installed")
+    home = tempfile.mkdtemp()
+    try:
+        hypothesis.configuration.set_hypothesis_home_dir(home)
+        cases = fuzz(time.monotonic() + SECONDS)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    if os.environ.get("FUZZ_COUNT"):
+        with open(os.environ["FUZZ_COUNT"], "w") as file:
+            file.write("%d cases, %d of them accepted\n" % cases)
+    assert cases[0] >= ROUND and cases[1] > 0
+
+
+def fuzz(deadline):
+    """Rounds until the deadline: (cases, how many of them were requests)."""
+    data, cuts = strategies()
+    counts = [0, 0]
+
+    @hypothesis.settings(max_examples=ROUND, deadline=None, database=None, print_blob=True,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(data, cuts)
+    def one_round(data, cuts):
+        counts[0] += 1
+        counts[1] += read_naively(data) is not None
+        check(data, cuts)
+
+    while True:
+        one_round()
+        if time.monotonic() >= deadline:
+            return tuple(counts)

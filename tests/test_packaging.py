@@ -1,0 +1,262 @@
+"""packaging/: what can be said of its files without a machine to install them on."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PACKAGING = os.path.join(CHECKOUT, "packaging")
+SCRIPTS = ["build-deb", "cloud-init", "install", "replicas-engine", "replicas-engine-setup", "try",
+           "debian/postinst", "debian/postrm", "debian/prerm"]
+UNITS = ["replicas-engine.service", "replicas-engine.socket"]
+
+
+def need(tool):
+    """Skips the test where the tool is missing; fails it in CI, which has to install it."""
+    if not shutil.which(tool):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(tool + " is not installed")
+
+
+def run(*command, **options):
+    options.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=120, **options)
+
+
+def ok(*command, **options):
+    done = run(*command, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def script(name):
+    return os.path.join(PACKAGING, name)
+
+
+@pytest.fixture(scope="module")
+def deb(tmp_path_factory):
+    need("dpkg-deb")
+    return ok(script("build-deb"), str(tmp_path_factory.mktemp("deb"))).stdout.strip()
+
+
+def test_every_script_is_known_here():
+    found = []
+    for folder, _, names in os.walk(PACKAGING):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                if file.readline().startswith(b"#!"):
+                    found.append(os.path.relpath(os.path.join(folder, name), PACKAGING))
+    assert sorted(found) == sorted(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_executable_posix_sh(name):
+    assert os.access(script(name), os.X_OK)
+    with open(script(name)) as file:
+        assert file.readline() == "#!/bin/sh\n"
+    ok("sh", "-n", script(name))
+    if shutil.which("dash"):
+        ok("dash", "-n", script(name))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck(name):
+    need("shellcheck")
+    ok("shellcheck", "--shell=sh", script(name))
+
+
+def test_first_boot_script_of_cloud_init():
+    with open(script("cloud-init.yaml")) as file:
+        text = file.read()
+    body = text.split("    content: |\n", 1)[1]
+    assert all(line.startswith("      ") or not line for line in body.splitlines())
+    first_boot = re.sub("(?m)^ {6}", "", body)
+    ok("sh", "-n", "-c", first_boot)
+    need("shellcheck")
+    done = run("shellcheck", "--shell=sh", "-", input=first_boot, stdin=None)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["install", "cloud-init"])
+def test_help(name):
+    assert "Usage:" in ok(script(name), "--help").stdout
+    done = run(script(name), "--nonsense")
+    assert done.returncode and "unknown option: --nonsense" in done.stderr
+
+
+def test_units_verify(tmp_path):
+    """With the systemd of this machine. On the one that packages run on: test_packaging_systemd."""
+    need("systemd-analyze")
+    for name in UNITS:
+        with open(script(name)) as file:
+            text = file.read()
+        # What is not installed here is not the units' fault.
+        text = text.replace("/usr/sbin/replicas-engine-setup", "/bin/true")
+        (tmp_path / name).write_text(text)
+    done = ok("systemd-analyze", "verify", *[str(tmp_path / name) for name in UNITS])
+    assert done.stdout + done.stderr == ""
+
+
+def test_deb_is_reproducible(deb, tmp_path):
+    """Another directory, time zone, language and umask, and newer files: the same bytes."""
+    copy = tmp_path / "another place" / "checkout"
+    copy.mkdir(parents=True)
+    ok("cp", "-r", PACKAGING, str(copy))
+    for name in ("replicas_engine.py", "README.md"):
+        if os.path.exists(os.path.join(CHECKOUT, name)):
+            shutil.copy(os.path.join(CHECKOUT, name), str(copy))
+    epoch = run("git", "-C", CHECKOUT, "log", "-1", "--format=%ct").stdout.strip() or "1767225600"
+    env = dict(os.environ, SOURCE_DATE_EPOCH=epoch, TZ="Asia/Tokyo", LC_ALL="C.UTF-8")
+    again = ok("sh", "-c", 'umask 077; exec "$0" out', str(copy / "packaging" / "build-deb"),
+               env=env, cwd=str(tmp_path)).stdout.strip()
+    with open(deb, "rb") as one, open(again, "rb") as other:
+        assert one.read() == other.read()
+
+
+def test_deb_holds_what_it_should(deb):
+    version = re.search('(?m)^__version__ = "(.*)"$',
+                        open(os.path.join(CHECKOUT, "replicas_engine.py")).read()).group(1)
+    assert os.path.basename(deb) == "replicas-engine_%s_all.deb" % version
+    fields = ok("dpkg-deb", "-f", deb).stdout.splitlines()
+    assert {"Version: " + version, "Architecture: all", "Depends: python3 (>= 3.8)"} <= set(fields)
+    lines = ok("dpkg-deb", "-c", deb).stdout.splitlines()
+    assert all(line.split()[1] == "root/root" for line in lines)
+    modes = {line.split()[-1]: line.split()[0] for line in lines if not line.startswith("d")}
+    assert modes.pop("./usr/bin/replicas-engine") == "-rwxr-xr-x"
+    assert modes.pop("./usr/sbin/replicas-engine-setup") == "-rwxr-xr-x"
+    assert set(modes.values()) == {"-rw-r--r--"}
+    assert {"./usr/lib/replicas-engine/replicas_engine.py",
+            "./usr/lib/systemd/system/replicas-engine.service",
+            "./usr/lib/systemd/system/replicas-engine.socket",
+            "./usr/share/replicas-engine/settings.env"} <= set(modes)
+
+
+def test_lintian(deb):
+    need("lintian")
+    done = run("lintian", "--fail-on", "error", deb)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def user_data(tmp_path, *options):
+    """(the text, its write_files by path as (encoding, content))"""
+    text = ok(script("cloud-init"), *options).stdout
+    (tmp_path / "user-data").write_text(text)
+    files = {}
+    for item in re.split(r"(?m)^  - path: ", text)[1:]:
+        path, rest = item.split("\n", 1)
+        head, content = rest.split("    content: |\n", 1)
+        files[path] = ("b64" if "encoding: b64" in head else None,
+                       re.sub("(?m)^ {6}", "", content))
+    return text, files
+
+
+def test_cloud_init_with_a_url_fits_everywhere(tmp_path):
+    text, files = user_data(
+        tmp_path, "--url", "https://host.test/e.deb?a=1&b=2", "--sha256", "ab" * 32, "--secret",
+        "s3cret", "--user", "debian", "--port", "4000", "--codex", "none")
+    assert len(text) < 16384 and text.startswith("#cloud-config\n")
+    first_boot = files["/run/replicas-engine-first-boot"][1]
+    for line in ("PACKAGE='https://host.test/e.deb?a=1&b=2'", "SHA256='%s'" % ("ab" * 32),
+                 "SECRET='s3cret'", "SERVICE_USER='debian'", "PORT='4000'", "CODEX=''"):
+        assert re.search("(?m)^%s( |$)" % re.escape(line), first_boot), line
+    done = run(script("cloud-init"), "--secret", "it's")
+    assert done.returncode and "--secret" in done.stderr
+
+
+def test_cloud_init_with_the_package_in_it(deb, tmp_path):
+    import base64
+    _, files = user_data(tmp_path, "--deb", deb)
+    encoding, content = files["/run/replicas-engine-package.deb"]
+    assert encoding == "b64"
+    with open(deb, "rb") as file:
+        assert base64.b64decode(content) == file.read()
+
+
+def test_install_as_an_ordinary_user_says_so():
+    if os.geteuid() != 0:
+        done = run(script("install"))
+    else:
+        need("setpriv")
+        # An unreadable checkout is not what is tested here.
+        done = run("setpriv", "--reuid=65534", "--clear-groups", "sh", "-s",
+                   input=open(script("install")).read(), stdin=None, cwd="/")
+    assert done.returncode == 1 and "only root can do this" in done.stderr
+
+
+# ---- try
+
+@pytest.fixture
+def checkout(tmp_path_factory):
+    """A copy of this checkout, not under the temporary directory, where Codex's sandbox fails."""
+    folder = os.path.join(CHECKOUT, ".cache", "try copies", str(os.getpid()))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    ok("cp", "-r", PACKAGING, os.path.join(CHECKOUT, "tests"),
+       os.path.join(CHECKOUT, "replicas_engine.py"), folder)
+    yield folder
+    run(os.path.join(folder, "packaging", "try"), "--stop")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def attempt(checkout, path, **env):
+    home = os.path.join(checkout, "home")
+    os.makedirs(home, exist_ok=True)
+    return run(os.path.join(checkout, "packaging", "try"), "Hello, whoever you are.",
+               env=dict({"PATH": path, "HOME": home}, **env), cwd="/")
+
+
+def check_try(checkout, done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "event: thread.started" in done.stdout and "event: turn.completed" in done.stdout
+    assert "event: done" in done.stdout
+    # The lines to go on with work as they are printed.
+    for line in re.findall(r"(?m)^  (curl .*)$", done.stdout):
+        answer = ok("sh", "-c", line.replace("curl", "curl -sf", 1)).stdout
+        assert answer, line
+    assert "\"has_active_thread\":true" in ok(
+        "sh", "-c", re.search(r"(?m)^  (curl \S*/codex/status .*)$", done.stdout).group(1)).stdout
+    url = re.search(r"http://127\.0\.0\.1:\d+", done.stdout).group()
+    assert "Stopped" in ok(os.path.join(checkout, "packaging", "try"), "--stop").stdout
+    assert run("curl", "-sf", url + "/health").returncode == 7
+
+
+def bare_path(tmp_path):
+    """A PATH with neither Codex nor npm."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("sh cat curl dirname env git grep kill mkdir nohup od python3 rm sed setsid sleep"
+                 " tee tr bash ls").split():
+        if shutil.which(tool):
+            (folder / tool).symlink_to(sys.executable if tool == "python3" else shutil.which(tool))
+    return str(folder)
+
+
+def test_try_without_codex_and_npm(checkout, tmp_path):
+    need("curl")
+    done = attempt(checkout, bare_path(tmp_path))
+    assert "tests/stand_in_codex" in done.stdout, done.stdout + done.stderr
+    check_try(checkout, done)
+
+
+def test_try_with_codex_and_without_a_key(checkout, tmp_path):
+    need("curl")
+    codex = os.path.join(CHECKOUT, ".cache", "codex", "0.169.0", "node_modules", ".bin", "codex")
+    if not os.path.exists(codex):
+        need("the real Codex")
+    done = attempt(checkout, os.path.dirname(codex) + ":" + os.environ["PATH"])
+    assert "tests/stand_in_model" in done.stdout, done.stdout + done.stderr
+    check_try(checkout, done)
+
+
+def test_try_twice_leaves_one_engine(checkout, tmp_path):
+    need("curl")
+    path = bare_path(tmp_path)
+    first = attempt(checkout, path).stdout
+    second = attempt(checkout, path).stdout
+    old, new = [re.search(r"http://127\.0\.0\.1:\d+", text).group() for text in (first, second)]
+    assert old == new or run("curl", "-sf", old + "/health").returncode == 7
+    ok("curl", "-sf", new + "/health")

@@ -1,0 +1,609 @@
+"""packaging/ on Debian machines with a real systemd, booted in containers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+
+import pytest
+
+import packaging_machine
+from packaging_machine import CHECKOUT, CLONE, SETTINGS, Machine
+
+BASE = "http://127.0.0.1:3737"
+
+
+def need(reason):
+    if reason:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def possible():
+    need(packaging_machine.missing())
+
+
+@pytest.fixture
+def machine():
+    with Machine() as machine:
+        yield machine.boot()
+
+
+@pytest.fixture
+def installed(machine):
+    machine.install()
+    return machine
+
+
+def build_deb(folder, version=None):
+    """The .deb of this checkout; of a copy with another version in it."""
+    source = CHECKOUT
+    if version:
+        source = str(folder / version)
+        os.makedirs(source)
+        shutil.copytree(os.path.join(CHECKOUT, "packaging"), os.path.join(source, "packaging"))
+        with open(os.path.join(CHECKOUT, "replicas_engine.py")) as file:
+            text = re.sub('(?m)^__version__ = ".*"$', '__version__ = "%s"' % version, file.read())
+        with open(os.path.join(source, "replicas_engine.py"), "w") as file:
+            file.write(text)
+    done = subprocess.run([os.path.join(source, "packaging", "build-deb"), str(folder)],
+                          stdout=subprocess.PIPE, check=True, universal_newlines=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def deb(tmp_path_factory):
+    return build_deb(tmp_path_factory.mktemp("deb"))
+
+
+@pytest.fixture(scope="session")
+def newer_deb(tmp_path_factory):
+    return build_deb(tmp_path_factory.mktemp("newer"), "9.9.9")
+
+
+def put(machine, file, target="/root/engine.deb"):
+    shutil.copy(file, machine.path(target))
+    return target
+
+
+def check_service(machine, user="ubuntu", port=3737, secret=None):
+    """An active, enabled service that answers, with a secret that only root can read on disk."""
+    assert machine.states() == ["active", "active", "enabled", "enabled"], machine.journal()
+    found = machine.secret()
+    assert found == secret if secret else re.match("[0-9a-f]{64}$", found)
+    assert json.loads(machine.get("/health", port=port)[1])["status"] == "ok"
+    assert machine.get("/ping", port=port)[0] == 401
+    assert machine.get("/ping", found, port)[0] == 200
+    assert machine.out("stat -c '%%a %%U %%G' %s" % SETTINGS) == "600 root root"
+    search = "grep -rlsF '%s' / --exclude-dir=proc --exclude-dir=sys || true" % found
+    assert SETTINGS in machine.out(search).split()
+    assert machine.out("setpriv --reuid=%s --regid=%s --init-groups %s" % (user, user, search)) == ""
+    assert machine.out("ps -o user= -p %d" % machine.pid()) == user
+    assert found not in machine.journal()
+    return found
+
+
+def strange(machine, known):
+    """What the machine has beyond the files that are known, and has not any more."""
+    files = machine.files()
+    return sorted(set(files) ^ set(known)), machine.out(
+        "find / -xdev -path '%s' -prune -o -path /proc -prune -o -path /run/systemd/transient"
+        " -prune -o -name '*replicas*' -print" % CLONE)
+
+
+# ---- install
+
+def test_install(machine):
+    before = machine.files()
+    out = machine.install().stdout
+    assert "answers on port 3737" in out and "journalctl" in out
+    assert "npm install -g @openai/codex" in out  # Codex is not here, and that is said
+    secret = check_service(machine)
+    assert secret not in out
+
+    # A second run changes nothing, and doesn't restart.
+    files, pid = machine.files(), machine.pid()
+    machine.install()
+    assert machine.files() == files and machine.pid() == pid
+
+    # A newer module is taken, with secret and settings kept.
+    text = machine.read(CLONE + "/replicas_engine.py")
+    machine.write(CLONE + "/replicas_engine.py", text + "\n# newer\n")
+    machine.install()
+    assert machine.pid() != pid
+    assert check_service(machine) == secret
+
+    # It is there again after a boot.
+    machine.halt()
+    machine.boot()
+    assert check_service(machine) == secret
+
+    pid = machine.pid()
+    machine.install("--uninstall")
+    assert strange(machine, before) == ([], "")
+    assert machine.out("pgrep -u ubuntu || true") == ""
+    assert machine.out("systemctl list-units --all --no-legend 'replicas*'") == ""
+    machine.install("--uninstall")
+
+
+def test_install_with_options(machine):
+    machine.run("useradd --create-home alice")
+    out = machine.install("--user alice --port=4000 --workspace '/srv/my work' --secret -",
+                          input="given-by-hand_1\n").stdout
+    assert "answers on port 4000" in out and "alice in /srv/my work" in out
+    check_service(machine, "alice", 4000, "given-by-hand_1")
+    assert machine.out("stat -c %U '/srv/my work'") == "alice"
+    status = json.loads(machine.get("/codex/status", "given-by-hand_1", 4000)[1])
+    assert status["working_directory"] == "/srv/my work"
+    listening = "cat /proc/net/tcp /proc/net/tcp6 | awk '$4 == \"0A\" { print $2 }'"
+    assert [line.split(":")[1] for line in machine.out(listening).split()] == ["0FA0"]
+
+    # All kept where nothing is said.
+    files, pid = machine.files(), machine.pid()
+    machine.install()
+    assert machine.files() == files and machine.pid() == pid
+
+    # Another port and address, and back.
+    machine.run("replicas-engine-setup --port 4001 --host 127.0.0.1")
+    check_service(machine, "alice", 4001, "given-by-hand_1")
+    assert machine.out(listening).split() == ["0100007F:0FA1"]
+    assert machine.get("/health", port=4000)[0] == 0
+    machine.run("replicas-engine-setup --port 3737 --host :: --user ubuntu --workspace /home/ubuntu"
+                " --secret by-hand.2")
+    check_service(machine, "ubuntu", 3737, "by-hand.2")
+    assert machine.out("curl -s 'http://[::1]:3737/health'")
+    assert machine.out("ls /etc/systemd/system | grep replicas || true") == ""
+
+
+def test_install_says_what_is_missing_and_changes_nothing(machine):
+    machine.run("python3 -c 'import socket, time; s = socket.create_server((\"\", 3737));"
+                " time.sleep(600)' >/dev/null 2>&1 &")
+    machine.wait_for(lambda: machine.out("grep -c :0E99 /proc/net/tcp", check=False) == "1")
+    before = machine.files()
+    for options, what in [
+            ("", "port 3737: Address already in use"),
+            ("--port 4000 --user nobody-here", "there is no user 'nobody-here'"),
+            ("--port 4000 --user root", "as root the agent could"),
+            ("--port 70000", "a number from 1 to 65535 is needed, not 70000"),
+            ("--port 0x10", "a number from 1 to 65535 is needed, not 0x10"),
+            ("--port 4000 --host example", "an IP address is needed"),
+            ("--port 4000 --workspace relative/path", "an absolute path is needed"),
+            ("--port 4000 --workspace /etc/passwd", "is not a directory"),
+            ("--port 4000 --secret 'with \"quotes\"'", "--secret: letters, digits and"),
+            ("--port 4000 --with-codex", "apt-get install npm"),
+            ("--nonsense", "unknown option: --nonsense"),
+            ("--port", "--port needs a value")]:
+        done = machine.install(options, check=False)
+        assert done.returncode == 1 and what in done.stderr, (options, done)
+        assert "Traceback" not in done.stderr
+        assert machine.files() == before, options
+    machine.run("mv /usr/bin/python3 /usr/bin/python3.away")
+    before = machine.files()
+    done = machine.install("--port 4000", check=False)
+    machine.run("true")
+    assert done.returncode == 1 and "apt-get install python3" in done.stderr
+    assert machine.files() == before
+
+
+def test_install_with_codex(machine):
+    machine.write("/usr/local/bin/npm", '#!/bin/sh\necho "$@" >/root/npm-called\n'
+                  "printf '#!/bin/sh\\necho codex-cli 0.169.0\\n' >/usr/local/bin/codex\n"
+                  "chmod 755 /usr/local/bin/codex\n", 0o755)
+    machine.install("--with-codex")
+    assert machine.read("/root/npm-called") == "install --global @openai/codex\n"
+    check_service(machine)
+    machine.run("rm /root/npm-called")
+    machine.install("--with-codex")
+    assert not os.path.exists(machine.path("/root/npm-called"))
+
+
+# ---- The .deb
+
+def test_deb(machine, deb, newer_deb):
+    before = machine.files()
+    package = put(machine, deb)
+    out = machine.run("dpkg -i " + package).stdout
+    assert "answers on port 3737" in out
+    secret = check_service(machine)
+    done = machine.install(check=False)
+    assert done.returncode and "Debian package" in done.stderr
+
+    # The same again.
+    files = machine.files()
+    machine.run("dpkg -i " + package)
+    again = machine.files()
+    assert set(again) == set(files)
+    assert not [path for path in files if again[path] != files[path]
+                and path.startswith(("/etc/", "/home/"))]
+
+    # An upgrade keeps secret and settings.
+    machine.run("echo REPLICAS_ENGINE_MODEL=mine >>%s; replicas-engine-setup --port 4000" % SETTINGS)
+    pid, settings = machine.pid(), machine.read(SETTINGS)
+    machine.run("dpkg -i " + put(machine, newer_deb))
+    assert machine.pid() != pid and machine.read(SETTINGS) == settings
+    assert check_service(machine, port=4000) == secret
+    assert "9.9.9" in machine.out("replicas-engine --version")
+
+    # Removed: not running, settings kept for the next time.
+    machine.run("dpkg -r replicas-engine")
+    assert machine.out("pgrep -u ubuntu || true") == ""
+    assert machine.get("/health", port=4000)[0] == 0
+    assert machine.read(SETTINGS) == settings
+    machine.run("dpkg -i " + package)
+    assert check_service(machine, port=4000) == secret
+
+    machine.run("dpkg -P replicas-engine; rm %s" % package)
+    assert strange(machine, before) == ([], "")
+    assert machine.out("systemctl list-units --all --no-legend 'replicas*'") == ""
+    assert machine.out("dpkg -l | grep replicas || true") == ""
+
+
+def test_deb_stays_disabled(machine, deb, newer_deb):
+    machine.run("dpkg -i " + put(machine, deb))
+    machine.run("systemctl disable --now replicas-engine.socket replicas-engine.service")
+    machine.run("dpkg -i " + put(machine, newer_deb))
+    assert machine.states() == ["inactive", "inactive", "disabled", "disabled"]
+
+
+def test_deb_where_there_is_no_such_user(machine, deb):
+    machine.run("userdel -r ubuntu; useradd --create-home debian", check=False)
+    done = machine.run("dpkg -i " + put(machine, deb))
+    assert "sudo replicas-engine-setup --user NAME" in done.stderr and "debian" in done.stderr
+    assert "not started" in done.stderr
+    assert machine.states()[:2] == ["inactive", "inactive"]
+    machine.run("replicas-engine-setup --user debian")
+    secret = check_service(machine, "debian")
+    machine.run("dpkg -i " + put(machine, deb))
+    assert check_service(machine, "debian") == secret
+
+
+def test_deb_where_no_systemd_runs(deb):
+    """As when an image is built: enabled, not started."""
+    with Machine() as machine:
+        put(machine, deb)
+        out = subprocess.run(["chroot", machine.root, "dpkg", "-i", "/root/engine.deb"], check=True,
+                             stdout=subprocess.PIPE, universal_newlines=True).stdout
+        assert "starts when systemd does" in out
+        machine.boot()
+        check_service(machine)
+
+
+def test_on_the_oldest_debian(deb):
+    """systemd 247 and Python 3.9, without merged /usr."""
+    with Machine(suite="bullseye") as machine:
+        machine.boot()
+        before = machine.files()
+        machine.install("--port 4000")
+        check_service(machine, port=4000)
+        verify = machine.run("systemd-analyze verify replicas-engine.service replicas-engine.socket")
+        assert verify.stdout + verify.stderr == ""
+        machine.install("--uninstall")
+        machine.run("dpkg -i " + put(machine, deb))
+        check_service(machine)
+        machine.run("dpkg -P replicas-engine; rm /root/engine.deb")
+        assert strange(machine, before) == ([], "")
+
+
+# ---- cloud-init
+
+def test_cloud_init(tmp_path, deb):
+    data = subprocess.run(
+        [os.path.join(CHECKOUT, "packaging", "cloud-init"), "--deb", deb, "--secret", "fleet-secret",
+         "--codex-api-key", "sk-given", "--port", "4000"],
+        stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
+    with Machine(["cloud-init"]) as machine:
+        seed = "/var/lib/cloud/seed/nocloud/"
+        machine.write(seed + "meta-data", "instance-id: one\nlocal-hostname: one\n")
+        machine.write(seed + "user-data", data, 0o600)
+        machine.write("/etc/cloud/cloud.cfg.d/99-test.cfg",
+                      "datasource_list: [NoCloud]\nnetwork: {config: disabled}\n")
+        machine.write("/etc/cloud/ds-identify.cfg", "policy: enabled\n")
+        # Its network is its own and empty: npm is one that needs none.
+        machine.write("/usr/local/bin/npm", '#!/bin/sh\necho "$@" >/root/npm-called\n', 0o755)
+        machine.boot()
+        done = machine.run("cloud-init status --wait --long", check=False, timeout=120)
+        log = machine.read("/var/log/cloud-init-output.log")
+        assert "status: done" in done.stdout, done.stdout + log
+        schema = machine.run("cloud-init schema --config-file %suser-data" % seed)
+        assert "Valid schema" in schema.stdout, schema
+        check_service(machine, port=4000, secret="fleet-secret")
+        assert "CODEX_API_KEY=sk-given\n" in machine.read(SETTINGS)
+        assert machine.read("/root/npm-called") == "install --global @openai/codex@latest\n"
+        assert machine.out("ls /run/replicas-engine.deb* 2>/dev/null || true") == ""
+
+        # The next boot changes nothing.
+        settings = machine.read(SETTINGS)
+        machine.run("rm /root/npm-called")
+        machine.halt()
+        machine.boot()
+        machine.run("cloud-init status --wait", check=False, timeout=120)
+        check_service(machine, port=4000, secret="fleet-secret")
+        assert machine.read(SETTINGS) == settings
+        assert not os.path.exists(machine.path("/root/npm-called"))
+
+
+# ---- The units
+
+def test_units(installed):
+    verify = installed.run("systemd-analyze verify replicas-engine.service replicas-engine.socket")
+    assert verify.stdout + verify.stderr == ""
+    security = installed.out("systemd-analyze security --no-pager replicas-engine.service")
+    score = float(re.search(r"exposure level for \S+: ([0-9.]+)", security).group(1))
+    print("systemd-analyze security: %s" % score)
+    assert score <= 3.0
+
+
+@pytest.fixture
+def with_codex():
+    """A machine with the real Codex 0.169.0 and the stand-in model, on which turns are possible.
+    The workspace is /home/ubuntu/work."""
+    codex = packaging_machine.codex_0_169()
+    need(None if codex else "needs Codex 0.169.0 in .cache/codex")
+    binds = [(codex, "/opt/codex"), (os.path.join(CHECKOUT, "tests"), "/opt/tests")]
+    with Machine(binds=binds) as machine:
+        os.symlink("/opt/codex/bin/codex", machine.path("/usr/local/bin/codex"))
+        machine.boot()
+        machine.run("systemd-run --quiet --unit=stand-in-model -p User=ubuntu"
+                    " python3 /opt/tests/stand_in_model --codex-home /home/ubuntu/.codex")
+        machine.wait_for(lambda: machine.run("test -s /home/ubuntu/.codex/config.toml",
+                                             check=False).returncode == 0)
+        machine.install("--workspace /home/ubuntu/work")
+        machine.run("echo CODEX_API_KEY=stand-in >>%s; systemctl restart replicas-engine" % SETTINGS)
+        yield machine
+
+
+def events(text):
+    """The events of a stream: (type, data)."""
+    found = re.findall(r"(?m)^event: (\S+)\ndata: (.*)$", text)
+    return [(kind, json.loads(data)) for kind, data in found]
+
+
+def send(machine, message, **more):
+    status, text = machine.post("/codex/send", dict(message=message, **more), machine.secret())
+    assert status == 200, text
+    return events(text)
+
+
+def commands(found):
+    return [data["item"] for kind, data in found
+            if kind == "item.completed" and data["item"]["type"] == "command_execution"]
+
+
+# Everything that the agent could try to get at the secret by.
+SNOOP = ("cat %s; env; for p in /proc/[0-9]*; do tr '\\0' '\\n' <$p/environ; cat $p/cmdline; done;"
+         " cat /proc/*/task/*/environ; ls -l /proc/*/fd; systemctl show replicas-engine;"
+         " systemctl cat replicas-engine; journalctl -u replicas-engine; cat /run/systemd/units/*;"
+         " cat /etc/replicas-engine/*; su -c true; sudo -n true; true" % SETTINGS)
+
+
+def test_a_real_turn(with_codex):
+    machine = with_codex
+    assert json.loads(machine.get("/codex/status", machine.secret())[1])["codex"]["version"] == "0.169.0"
+    assert machine.run("replicas-engine --check", check=False).returncode == 0
+    # A file that the user and the service's unit could write, but Codex's sandbox must not.
+    found = send(machine, "model: run echo made >inside.txt; echo no >/home/ubuntu/outside.txt;"
+                          " echo no >/home/ubuntu/.codex/outside.txt; echo ran; %s\n"
+                          "model: say That was it." % SNOOP)
+    assert found[-2][0] == "turn.completed" and found[-1][0] == "done", found
+    command, = commands(found)
+    assert "ran" in command["aggregated_output"].split()
+    assert machine.out("cat /home/ubuntu/work/inside.txt; stat -c %U /home/ubuntu/work/inside.txt"
+                       ) == "made\nubuntu"
+    assert machine.out("find / -xdev -name outside.txt") == ""
+    secret = machine.secret()
+    assert secret not in json.dumps(found)
+
+    # Without Codex's sandbox: what is left is the service's own, and the secret is still safe.
+    found = send(machine, "model: run echo yes >/home/ubuntu/outside.txt; echo ran; %s\n"
+                          "model: say That was it." % SNOOP, sandbox_mode="danger-full-access")
+    command, = commands(found)
+    assert "ran" in command["aggregated_output"].split()
+    assert "REPLICAS_ENGINE_SECRET" not in command["aggregated_output"].replace(
+        "set REPLICAS_ENGINE_SECRET", "")
+    assert machine.out("cat /home/ubuntu/outside.txt") == "yes"
+    assert secret not in json.dumps(found)
+    assert secret not in machine.get("/codex/history", secret)[1]
+
+    # All of it outside the unit's confines fails: the agent isn't root, and won't be.
+    found = send(machine, "model: run echo no >/usr/outside.txt; echo no >/etc/outside.txt;"
+                          " grep NoNewPrivs /proc/self/status\nmodel: say Done.",
+                 sandbox_mode="danger-full-access")
+    assert "NoNewPrivs:\t1" in commands(found)[0]["aggregated_output"]
+    assert machine.out("ls /usr/outside.txt /etc/outside.txt 2>/dev/null || true") == ""
+
+
+# ---- Never down
+
+class Clients:
+    """Eight clients in the machine, and readers of the running turn, until `finish`."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        secret = machine.secret()
+        shutil.copy(os.path.join(CHECKOUT, "tests", "packaging_clients.py"), machine.path("/opt/c.py"))
+        command = machine.enter() + ["env", "-i", "python3", "/opt/c.py", secret, "/root/stop"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, universal_newlines=True)
+
+    def finish(self):
+        self.machine.write("/root/stop", "")
+        found = json.loads(self.process.communicate(timeout=60)[0])
+        os.remove(self.machine.path("/root/stop"))
+        print("8 clients: %(outcomes)s, longest %(longest).2f s" % found)
+        return found
+
+
+def running_turn(machine):
+    """Starts a turn that would run for long, with three readers; returns them when it runs."""
+    secret = machine.secret()
+    texts = [None] * 3
+
+    def read(n):
+        if n == 0:
+            body = {"message": "model: run echo begun; sleep 3579\nmodel: say never"}
+            texts[0] = machine.post("/codex/send", body, secret)[1]
+        else:
+            texts[n] = machine.get("/codex/events", secret)[1]
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(3)]
+    threads[0].start()
+    machine.wait_for(lambda: machine.out("pgrep -f '[s]leep 3579' || true"), 20)
+    for thread in threads[1:]:
+        thread.start()
+    machine.wait_for(lambda: int(machine.out("pgrep -c curl || true")) >= 3)
+    return threads, texts
+
+
+@pytest.mark.parametrize("how", ["restart", "upgrade"])
+def test_no_request_is_refused(with_codex, newer_deb, deb, how):
+    machine = with_codex
+    thread_id = send(machine, "model: say First.")[0][1]["thread_id"]
+    if how == "upgrade":
+        machine.run("systemctl stop replicas-engine.socket replicas-engine.service")
+        machine.run("dpkg -i " + put(machine, deb))
+    threads, texts = running_turn(machine)
+    clients = Clients(machine)
+    machine.wait_for(lambda: clients.process.poll() is None and
+                     int(machine.out("grep -c ':0E99 .* 01 ' /proc/net/tcp6 || true")) >= 0)
+    pid = machine.pid()
+    if how == "restart":
+        machine.run("sleep 0.5; systemctl restart replicas-engine; sleep 1")
+    else:
+        machine.run("sleep 0.5; dpkg -i %s; sleep 1" % put(machine, newer_deb))
+    found = clients.finish()
+    assert machine.pid() != pid
+    assert set(found["outcomes"]) == {"200"}, found
+    assert found["outcomes"]["200"] > 100
+
+    for thread in threads:
+        thread.join(30)
+    for text in texts:
+        ending = events(text)
+        assert [kind for kind, _ in ending[-2:]] == ["turn.failed", "done"], text
+        assert ending[-2][1]["error"]["code"] == "shutdown"
+    assert machine.out("pgrep -f '[s]leep 3579' || true") == ""
+    # The thread goes on.
+    assert send(machine, "model: say Second.")[0][1]["thread_id"] == thread_id
+
+
+def test_kill_9(with_codex):
+    machine = with_codex
+    thread_id = send(machine, "model: say First.")[0][1]["thread_id"]
+    pid = machine.pid()
+    # The clients' view: one that comes at that moment waits so long for its answer.
+    took = float(machine.out("kill -9 %d; sleep 0.02; curl -sf -o /dev/null -w '%%{time_total}'"
+                             " %s/health" % (pid, BASE)))
+    print("answered after kill -9: %.2f s" % took)
+    assert took < 1 and machine.pid() != pid
+    assert send(machine, "model: say Second.")[0][1]["thread_id"] == thread_id
+    # In the middle of a turn: nothing of it is left, and the turn has its ending.
+    threads, _ = running_turn(machine)
+    machine.run("kill -9 %d" % machine.pid())
+    for thread in threads:
+        thread.join(30)
+    machine.wait_for(lambda: machine.get("/health")[0] == 200)
+    assert machine.out("pgrep -f '[s]leep 3579' || true") == ""
+    ending = events(machine.get("/codex/events", machine.secret())[1])
+    assert ending[-2][1]["error"]["code"] == "engine_restarted" and ending[-1][0] == "done"
+    assert send(machine, "model: say Third.")[0][1]["thread_id"] == thread_id
+
+
+def test_watchdog(installed):
+    machine = installed
+    assert machine.out("systemctl show -p WatchdogUSec --value replicas-engine") == "30s"
+    machine.write("/etc/systemd/system/replicas-engine.service.d/test.conf",
+                  "[Service]\nWatchdogSec=2\n")
+    machine.run("systemctl daemon-reload; systemctl restart replicas-engine")
+    pid = machine.pid()
+    machine.run("sleep 5")
+    assert machine.pid() == pid  # It has been telling systemd that it lives.
+    machine.run("kill -STOP %d" % pid)
+    took = machine.wait_for(lambda: machine.get("/health")[0] == 200 and machine.pid() != pid, 10)
+    print("back after SIGSTOP with WatchdogSec=2: %.2f s" % took)
+    assert "Watchdog timeout" in machine.journal()
+
+
+def test_stop_leaves_no_process(with_codex):
+    machine = with_codex
+    threads, texts = running_turn(machine)
+    group = machine.out("systemctl show -p ControlGroup --value replicas-engine")
+    took = machine.out("s=$(date +%s%N); systemctl stop replicas-engine.socket replicas-engine.service;"
+                       " e=$(date +%s%N); echo $(((e - s) / 1000000))")
+    print("stop with a running turn: %s ms" % took)
+    assert int(took) < 10000
+    for thread in threads:
+        thread.join(30)
+    assert events(texts[0])[-2][1]["error"]["code"] == "shutdown"
+    assert machine.out("systemctl show -p Result --value replicas-engine") == "success"
+    machine.run("systemctl stop stand-in-model")
+    assert machine.out("pgrep -u ubuntu -a || true") == ""
+    assert machine.out("cat /sys/fs/cgroup/systemd%s/cgroup.procs /sys/fs/cgroup%s/cgroup.procs"
+                       " 2>/dev/null || true" % (group, group)) == ""
+    assert machine.get("/health")[0] == 0
+
+
+# ---- What systemctl status shows
+
+def test_status_of_a_healthy_engine(with_codex):
+    assert re.search(r'Status: "\w', with_codex.status()), with_codex.status()
+    assert "port 3737" in with_codex.status()
+
+
+def test_status_with_a_port_in_use(installed):
+    machine = installed
+    machine.run("systemctl stop replicas-engine.socket replicas-engine.service")
+    machine.run("python3 -c 'import socket, time; s = socket.create_server((\"\", 3737));"
+                " open(\"/root/hog\", \"w\"); time.sleep(600)' >/dev/null 2>&1 & echo $! >/root/hog.pid")
+    machine.wait_for(lambda: os.path.exists(machine.path("/root/hog")))
+    machine.run("systemctl start replicas-engine", check=False)
+    machine.run("sleep 8")
+    machine.wait_for(lambda: re.search(r"replicas-engine\[\d+\]: .*3737.*in use", machine.status()))
+    # It waits a little between its attempts, and is there when the port is free.
+    assert 1 <= machine.journal().count("Scheduled restart job") <= 4
+    machine.run("kill $(cat /root/hog.pid)")
+    took = machine.wait_for(lambda: machine.get("/health")[0] == 200, 10)
+    print("there after the port was free: %.2f s" % took)
+    assert machine.states()[:2] == ["active", "active"]
+
+
+def test_status_without_a_secret(installed):
+    machine = installed
+    machine.run("sed -i '/SECRET=/d' %s; systemctl restart replicas-engine" % SETTINGS)
+    assert machine.get("/health")[0] == 200 and machine.get("/ping", "any")[0] == 500
+    assert "REPLICAS_ENGINE_SECRET" in machine.status(), machine.status()
+
+
+def test_status_with_a_setting_that_cannot_be_used(installed):
+    machine = installed
+    machine.run("echo REPLICAS_ENGINE_MAX_BODY=abc >>%s; systemctl restart replicas-engine" % SETTINGS,
+                check=False)
+    # Clients that come don't make it loop.
+    for _ in range(8):
+        machine.run("curl -s -m 2 %s/health" % BASE, check=False)
+    status = machine.status()
+    assert re.search(r"replicas-engine\[\d+\]: .*REPLICAS_ENGINE_MAX_BODY", status), status
+    assert "status=2" in status and machine.states()[0] == "failed"
+    machine.run("sed -i /MAX_BODY=abc/d %s; systemctl restart replicas-engine" % SETTINGS)
+    check_service(machine)
+
+
+def test_status_with_a_broken_line(installed):
+    machine = installed
+    machine.run("echo 'PORT 4000' >>%s; systemctl restart replicas-engine" % SETTINGS, check=False)
+    number = machine.out("grep -n '^PORT 4000' %s | cut -d: -f1" % SETTINGS)
+    machine.wait_for(lambda: "%s, line %s: not NAME=value; mend or delete it" % (SETTINGS, number)
+                     in machine.status())
+    done = machine.run("replicas-engine-setup", check=False)
+    assert done.returncode and "line " + number in done.stderr
+    # Mended: it starts by itself.
+    machine.run("sed -i '/^PORT 4000/d' %s" % SETTINGS)
+    machine.wait_for(lambda: machine.get("/health")[0] == 200)
+
+
+def test_status_without_codex(installed):
+    machine = installed
+    assert "npm install -g @openai/codex" in machine.status(), machine.status()
+    assert machine.get("/health")[0] == 200
+    done = machine.run("replicas-engine --check", check=False)
+    assert done.returncode == 1 and "npm install -g @openai/codex" in done.stdout + done.stderr

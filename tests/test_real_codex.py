@@ -1,0 +1,381 @@
+"""The real Codex, driven over HTTP, with the stand-in model behind it.
+
+What an option does is looked for in the request that the model gets, or in what a command could
+do: a sandbox that refuses, or that is broken, says nothing.
+"""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+
+import pytest
+
+import harness
+from conftest import unavailable
+from harness import wait_for
+
+VERSIONS = ("0.169.0", "0.98.0", "0.50.0")
+SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"},
+                                           "certain": {"type": "boolean"}},
+          "required": ["answer", "certain"], "additionalProperties": False}
+# What keeps 0.169 from looking up hosts of the internet
+QUIET = "[features]\nplugins = false\n\n[analytics]\nenabled = false\n"
+
+
+def png(red):
+    """A true PNG of one pixel."""
+    def chunk(kind, data):
+        return (struct.pack(">I", len(data)) + kind + data
+                + struct.pack(">I", zlib.crc32(kind + data)))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes([0, red, 0, 0]))) + chunk(b"IEND", b""))
+
+
+def data_url(data):
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+class RealCodex:
+    """An engine with a real Codex and a model, in a folder of its own.
+
+    The folder is not below /tmp, where the sandbox lets Codex write.
+    """
+
+    def __init__(self, version, provider=True, **env):
+        program = harness.codex_program(version)
+        if program is None:
+            unavailable("Codex %s is not installed in .cache/codex" % version)
+        self.version = tuple(map(int, version.split(".")))
+        self.folder = tempfile.mkdtemp(prefix="replicas-engine-test-", dir="/var/tmp")
+        self.log_path = os.path.join(self.folder, "model.jsonl")
+        self.engine = harness.Engine(self.folder, CODEX_PATH=program, **env)
+        self.workspace = self.engine.workspace
+        self.outside = os.path.join(self.folder, "outside")
+        os.mkdir(self.outside)
+        config = ["--codex-home", self.engine.codex_home, "--few-retries"] if provider else []
+        self.model = subprocess.Popen(
+            [sys.executable, harness.STAND_IN_MODEL, "--log", self.log_path, "--exit-with-stdin",
+             *config], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.url = self.model.stdout.readline().decode().strip()
+
+    def close(self):
+        """Stop it all and remove the folder; nothing of it may be left."""
+        if self.engine.process:
+            self.engine.stop()
+        self.model.stdin.close()
+        self.model.wait()
+        self.model.stdout.close()
+        left = harness.processes_with("CODEX_HOME", self.engine.codex_home)
+        shutil.rmtree(self.folder)
+        assert left == []
+
+    def requests(self):
+        """All requests that the model has got: their headers and bodies."""
+        if not os.path.exists(self.log_path):
+            return []
+        with open(self.log_path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def turn(self, *directives, new=True, **options):
+        """A turn, on a new thread or on the same one: its events and the bodies of its requests."""
+        if new:
+            self.engine.post("/codex/reset")
+        before = len(self.requests())
+        message = "\n".join("model: " + directive for directive in directives)
+        events = self.engine.send(message, **options)
+        return events, [request["body"] for request in self.requests()[before:]]
+
+    def completed(self, *directives, **options):
+        events, requests = self.turn(*directives, **options)
+        assert events[-2].type == "turn.completed", events
+        assert requests
+        return events, requests
+
+    def path(self, *names):
+        return os.path.join(self.workspace, *names)
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def real(request):
+    """Shared by the tests of one version: each begins a new thread."""
+    codex = RealCodex(request.param, CODEX_API_KEY="sk-stand-in", A_TEST="seen")
+    try:
+        codex.engine.start()
+        yield codex
+    finally:
+        codex.close()
+
+
+def texts(events):
+    """The texts of the agent's messages."""
+    return [event.json()["item"]["text"] for event in events if event.type == "item.completed"
+            and event.json()["item"]["type"] == "agent_message"]
+
+
+def tool_types(body):
+    """The types of the tools that a request offers the model."""
+    pending = list(body.get("tools") or [])
+    for item in body["input"]:
+        pending += item.get("tools") or []
+    found = set()
+    while pending:
+        tool = pending.pop()
+        pending += tool.get("tools") or []
+        found.add(tool["type"])
+    return found
+
+
+def offers_web_search(body):
+    """By a tool of the API's, or, 0.169 with its newest models, by one of Codex's own.
+
+    The latter's declarations stay in the thread: the last one counts.
+    """
+    declared = [item for item in body["input"] if item.get("type") == "additional_tools"]
+    return "web_search" in tool_types(body) or "{ web__run(" in json.dumps(declared[-1:])
+
+
+def images_of(body):
+    """The images of the last message of the user."""
+    users = [item for item in body["input"] if item.get("role") == "user"]
+    return [part["image_url"] for part in users[-1]["content"] if part["type"] == "input_image"]
+
+
+# A conversation
+
+def test_a_conversation(real):
+    events, _ = real.completed("run echo out-$((6*7)); pwd", "say first")
+    types = [event.type for event in events]
+    assert types[:2] == ["thread.started", "turn.started"]
+    thread_id = events[0].json()["thread_id"]
+    command = [event.json()["item"] for event in events if event.type == "item.completed"][0]
+    assert command["type"] == "command_execution" and command["exit_code"] == 0
+    assert command["aggregated_output"] == "out-42\n%s\n" % real.workspace
+    assert texts(events) == ["first"]
+
+    real.completed("write from-codex.txt one\\ntwo", "say written", new=False)
+    with open(real.path("from-codex.txt"), encoding="utf-8") as file:
+        assert file.read() == "one\ntwo\n"
+
+    events, requests = real.completed("say third", new=False)
+    assert events[0].json() == {"type": "thread.started", "thread_id": thread_id}
+    assert texts(events) == ["third"]
+    said = json.dumps(requests[-1]["input"])
+    assert "out-42" in said and "say written" in said and "say third" in said
+
+    status = real.engine.status()
+    assert status["thread_id"] == thread_id and status["has_active_thread"]
+    assert status["turn"]["status"] == "completed" and status["turn"]["usage"]
+    assert status["codex"]["version"] == "%d.%d.%d" % real.version
+    assert status["session_file"].endswith("-%s.jsonl" % thread_id)
+    history = real.engine.get("/codex/history").json()
+    assert history["thread_id"] == thread_id
+    lines = [json.dumps(event) for event in history["events"]]
+    places = [next(number for number, line in enumerate(lines) if word in line)
+              for word in ("say first", "out-42", "say written", "say third")]
+    assert places == sorted(places)
+    with open(status["session_file"], encoding="utf-8") as file:
+        assert [json.loads(line) for line in file] == history["events"]
+
+
+@pytest.mark.parametrize("status", ["401", "500"])
+def test_a_model_that_answers_with_an_error(real, status):
+    events, _ = real.turn("status " + status)
+    assert [event.type for event in events[-3:]] == ["error", "turn.failed", "done"]
+    message = events[-2].json()["error"]["message"]
+    assert message == events[-3].json()["message"]
+    assert ("401" if status == "401" else "high demand") in message
+    assert real.engine.status()["turn"]["status"] == "failed"
+    events, _ = real.completed("say again", new=False)
+    assert texts(events) == ["again"]
+
+
+def test_an_interrupt_and_the_thread_goes_on(real):
+    real.engine.post("/codex/reset")
+    before, started = os.listdir(real.workspace), real.path("started")
+    real.engine.start_turn("model: run touch started; sleep 300")
+    wait_for(lambda: os.path.exists(started), "the command to start")
+    answer = real.engine.post("/codex/interrupt").json()
+    assert answer["interrupted"] is True
+    os.unlink(started)
+    assert harness.processes_with("CODEX_HOME", real.engine.codex_home) == [
+        real.engine.process.pid]
+    thread_id = real.engine.status()["thread_id"]
+    events, _ = real.completed("say on", new=False)
+    assert events[0].json()["thread_id"] == thread_id and texts(events) == ["on"]
+    # 0.169's sandbox, killed, leaves the directories that it had made to mount something over them
+    left = set(os.listdir(real.workspace)) - set(before)
+    assert left <= {".git", ".agents", ".aws", ".codex"}
+    for name in left:
+        os.rmdir(real.path(name))
+
+
+def test_the_engines_secret_is_not_in_codexs_environment(real):
+    real.completed("run env >env.txt")
+    with open(real.path("env.txt"), encoding="utf-8") as file:
+        env = dict(line.rstrip("\n").partition("=")[::2] for line in file)
+    assert env["A_TEST"] == "seen" and env["HOME"] == real.engine.home
+    assert not [name for name in env if name.startswith("REPLICAS_ENGINE_")]
+    assert harness.SECRET not in str(env)
+    assert "PORT" not in env and "HOST" not in env
+
+
+# What the model is asked
+
+def test_the_model(real):
+    _, requests = real.completed("say hello", model="gpt-5-nano")
+    assert requests[0]["model"] == "gpt-5-nano"
+    _, requests = real.completed("say hello", model='-a "model", too', new=False)
+    assert requests[0]["model"] == '-a "model", too'
+    _, requests = real.completed("say hello", new=False)
+    assert requests[0]["model"] not in ("gpt-5-nano", '-a "model", too')
+
+
+def test_the_reasoning_effort(real):
+    for new, effort in ((True, "high"), (False, "low"), (False, "medium")):
+        _, requests = real.completed("say hello", reasoning_effort=effort, new=new)
+        assert requests[0]["reasoning"]["effort"] == effort
+
+
+@pytest.mark.parametrize("effort", ["none", "xhigh"])
+def test_an_effort_that_not_every_version_knows(real, effort):
+    if real.version < (0, 98):
+        answer = real.engine.post("/codex/send", {"message": "x", "reasoning_effort": effort})
+        assert answer.status == 400 and answer.json()["error"] == "Invalid reasoning_effort"
+    else:
+        _, requests = real.completed("say hello", reasoning_effort=effort)
+        assert requests[0]["reasoning"]["effort"] == effort
+
+
+def test_images(real):
+    with open(real.path("a, b.png"), "wb") as file:
+        file.write(png(1))
+    images = ["a, b.png", data_url(png(2)), data_url(png(3))]
+    if real.version < (0, 98):
+        answer = real.engine.post("/codex/send", {"message": "x", "images": images})
+        assert answer.status == 400 and answer.json()["error"] == "Invalid images"
+        assert "Codex 0.50.0" in answer.json()["details"]
+        return
+    wanted = [data_url(png(number)) for number in (1, 2, 3)]
+    events, requests = real.completed("say seen", images=images)
+    assert images_of(requests[0]) == wanted
+    assert "model: say seen" in json.dumps(requests[0]["input"])
+    thread_id = events[0].json()["thread_id"]
+    events, requests = real.completed("say more", images=[data_url(png(4))], new=False)
+    assert events[0].json()["thread_id"] == thread_id
+    assert images_of(requests[0]) == [data_url(png(4))]
+    _, requests = real.completed("say none", new=False)
+    assert images_of(requests[0]) == []
+
+
+def test_the_output_schema(real):
+    for new in (True, False):
+        events, requests = real.completed("say yes", output_schema=SCHEMA, new=new)
+        form = requests[0]["text"]["format"]
+        assert form["type"] == "json_schema" and form["schema"] == SCHEMA
+        assert json.loads(texts(events)[-1]) == {"answer": "yes", "certain": True}
+    events, requests = real.completed("say plain", new=False)
+    assert "format" not in requests[0].get("text", {}) and texts(events) == ["plain"]
+
+
+def test_web_search(real):
+    # 0.169 gives its own newest models a tool of its own, which it has for OpenAI's API only: below
+    for new, on in ((True, True), (False, False), (False, True)):
+        _, requests = real.completed("say x", web_search=on, model="gpt-5-nano", new=new)
+        assert offers_web_search(requests[0]) is on
+
+
+# What a command can do
+
+def writes(real, path, **options):
+    """Whether a turn makes the file; it is gone afterwards."""
+    assert not os.path.exists(path)
+    real.completed("run echo x >'%s'" % path, **options)
+    try:
+        os.unlink(path)
+        return True
+    except FileNotFoundError:
+        return False
+
+
+def test_by_default_a_turn_writes_in_the_workspace_and_not_outside(real):
+    for new in (True, False):
+        assert writes(real, real.path("inside"), new=new)
+        assert not writes(real, os.path.join(real.outside, "file"), new=new)
+
+
+def test_the_sandbox_goes_with_every_turn_of_a_thread(real):
+    inside, outside = real.path("inside"), os.path.join(real.outside, "file")
+    may_write = {"read-only": (False, False), "workspace-write": (True, False),
+                 "danger-full-access": (True, True)}
+    new = True
+    for mode in ("danger-full-access", "read-only", "workspace-write", "danger-full-access",
+                 "workspace-write", "read-only"):
+        seen = (writes(real, inside, new=new, sandbox_mode=mode),
+                writes(real, outside, new=False, sandbox_mode=mode))
+        assert seen == may_write[mode], mode
+        new = False
+    assert writes(real, inside, new=False)          # and the default is what it was
+
+
+def test_the_network(real):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        listener.settimeout(0)
+        command = "run bash -c 'exec 3<>/dev/tcp/127.0.0.1/%d'" % listener.getsockname()[1]
+
+        def reached():
+            try:
+                listener.accept()[0].close()
+                return True
+            except BlockingIOError:
+                return False
+        new = True
+        for options, wanted in (({}, False), ({"network_access": True}, True),
+                                ({"network_access": False}, False), ({}, False),
+                                ({"network_access": True}, True),
+                                ({"network_access": True, "sandbox_mode": "read-only"}, False),
+                                ({"sandbox_mode": "danger-full-access"}, True)):
+            real.completed(command, new=new, **options)
+            assert reached() is wanted, options
+            new = False
+
+
+# Keys and URLs
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_key_and_a_url_reach_codexs_own_provider(version):
+    real = RealCodex(version, provider=False, OPENAI_API_KEY="sk-the only one")
+    try:
+        with open(os.path.join(real.engine.codex_home, "config.toml"), "w") as file:
+            file.write(QUIET)
+        real.engine.env["OPENAI_BASE_URL"] = real.url
+        real.engine.start()
+        for new, search in ((True, True), (False, False)):
+            events, requests = real.completed("say hello", new=new, web_search=search)
+            assert texts(events) == ["hello"]
+            assert offers_web_search(requests[-1]) is search
+        for request in real.requests():
+            assert request["path"] == "/v1/responses"
+            assert request["headers"]["authorization"] == "Bearer sk-the only one"
+    finally:
+        real.close()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_codexs_own_key_wins_over_openais(version):
+    real = RealCodex(version, OPENAI_API_KEY="sk-openai", CODEX_API_KEY="sk-codex")
+    try:
+        real.engine.start()
+        real.completed("say hello")
+        assert [request["headers"]["authorization"] for request in real.requests()] == [
+            "Bearer sk-codex"]
+    finally:
+        real.close()

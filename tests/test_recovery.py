@@ -1,0 +1,515 @@
+"""The engine's end and its start after anything: SIGTERM, kill -9, a full disk."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+
+import conftest
+import harness
+from harness import check_stream, is_alive, read_events, script, wait_for
+
+BEGIN = {"thread": "resume"}
+HANG = {"sleep": 120}
+IGNORE = {"ignore": ["SIGINT", "SIGTERM"]}
+
+
+class Reader(threading.Thread):
+    """A client that reads a stream as an EventSource does: it comes back until `done`."""
+
+    def __init__(self, engine, turn, reconnects=True):
+        super().__init__(daemon=True)
+        self.engine, self.turn = engine, turn
+        self.reconnects = reconnects
+        self.events = []
+        self.problem = None
+        self.start()
+
+    def run(self):
+        try:
+            while not (self.events and self.events[-1].type == "done"):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    self.read()
+                if not self.reconnects:
+                    break
+                time.sleep(0.02)
+        except BaseException as error:
+            self.problem = error
+
+    def read(self):
+        headers = {"Last-Event-ID": self.events[-1].id} if self.events else {}
+        connection, response = self.engine.open(
+            "GET", "/codex/events?turn=%d" % self.turn, headers=headers)
+        try:
+            assert response.status == 200, (response.status, headers, response.read())
+            for event in read_events(response):
+                self.events.append(event)
+        finally:
+            connection.close()
+
+    def result(self):
+        self.join(harness.PATIENCE)
+        assert not self.is_alive() and self.problem is None, (self.problem, self.events[-3:])
+        return check_stream(self.events)
+
+
+def numbers_in(events):
+    """The numbers of the messages that the step `count` printed."""
+    return [int(event.json()["item"]["text"].split()[0]) for event in events
+            if event.type == "item.completed"]
+
+
+def code_of(events):
+    return events[-2].json().get("error", {}).get("code")
+
+
+def check_state(engine):
+    """The state directory of an engine that runs no turn: whole files and no others."""
+    with open(os.path.join(engine.state, "thread.json"), encoding="utf-8") as file:
+        assert set(json.load(file)) == {"thread_id"}
+    assert set(os.listdir(engine.state)) <= {"lock", "thread.json", "turns"}
+    for name in os.listdir(os.path.join(engine.state, "turns")):
+        assert name.endswith(".log") and name[:-4].isdigit(), name
+        with open(os.path.join(engine.state, "turns", name), "rb") as file:
+            head, _, body = file.read().partition(b"\n\n")
+        assert json.loads(head[2:].decode())["turn"] == int(name[:-4])
+        check_stream(harness.parse_events(body))
+
+
+# SIGTERM and SIGINT
+
+def phases(tmp_path):
+    """What Codex does, and after how many events the signal comes."""
+    gone = str(tmp_path / "never")
+    return {"before the first event": ([IGNORE, HANG], 0),
+            "between events": ([IGNORE, BEGIN, {"event": {"type": "turn.started"}}, HANG], 2),
+            "in a stream of events": ([BEGIN, {"count": {"n": 5000, "pause": 0.01}}], 5),
+            "after the end": ([BEGIN, {"complete": True}, IGNORE, {"wait_for": gone}], 2)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("phase", ["before the first event", "between events",
+                                   "in a stream of events", "after the end"])
+def test_a_signal_in_each_phase_of_a_turn(engine, tmp_path, phase, number):
+    steps, count = phases(tmp_path)[phase]
+    turn = engine.start_turn(script(*steps))
+    readers = [Reader(engine, turn, reconnects=False) for _ in range(10)]
+    codex = wait_for(engine.calls)[-1]["pid"]
+    wait_for(lambda: all(len(reader.events) >= count for reader in readers))
+    wait_for(lambda: len(engine.log().split("POST /codex/send 202")) > 1)
+    begin = time.monotonic()
+    engine.process.send_signal(number)
+    refused = 0
+    while engine.process.poll() is None:        # no new turn meanwhile
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            answer = engine.post("/codex/send", {"message": "Hello"})
+            if answer.status != 409:            # the signal may not have been seen yet
+                assert answer.status == 503 and answer.headers["Retry-After"].isdigit()
+                refused += 1
+        time.sleep(0.02)
+    assert engine.process.returncode == 0
+    assert time.monotonic() - begin < 10 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
+    assert refused or phase == "in a stream of events"
+    streams = [reader.result() for reader in readers]
+    assert all(stream == streams[0] for stream in streams)
+    assert code_of(streams[0]) == ("shutdown" if phase != "after the end" else None)
+    assert not is_alive(codex)
+    check_state(engine)
+    thread = streams[0][0].json().get("thread_id") if count else None
+    engine.start()
+    assert engine.events(turn) == streams[0]
+    assert engine.status()["thread_id"] == thread
+    assert engine.send("Hello")[0].json()["thread_id"] == thread or thread is None
+    assert len(engine.calls()) == 2
+
+
+def test_a_signal_while_idle(engine):
+    assert engine.stop() == 0
+    engine.start()
+    assert engine.stop(signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM),
+                                           (signal.SIGINT, signal.SIGINT),
+                                           (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal(engine, first, second):
+    turn = engine.start_turn(script(IGNORE, BEGIN, HANG))
+    codex = wait_for(engine.calls)[-1]["pid"]
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    engine.process.send_signal(first)
+    wait_for(lambda: "stopping" in engine.log())
+    engine.process.send_signal(second)
+    assert engine.process.wait() == 128 + second
+    engine.start()
+    assert code_of(Reader(engine, turn).result()) == "engine_restarted"
+    assert not is_alive(codex)
+
+
+def test_a_client_that_reads_nothing_does_not_hold_up_the_end(engine):
+    turn = engine.start_turn(script(BEGIN, {"count": {"n": 200, "size": 100000}}, HANG))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"] == "%d.201" % turn)
+    with socket.create_connection(("127.0.0.1", engine.port)) as sock:
+        sock.sendall(("GET /codex/events HTTP/1.1\r\nHost: x\r\n"
+                      "X-Replicas-Engine-Secret: %s\r\n\r\n" % harness.SECRET).encode())
+        assert sock.recv(10)
+        assert engine.stop() == 0
+
+
+# kill -9
+
+def test_kill_at_fifty_moments_of_a_turn(engine, tmp_path):
+    """Every event that Codex printed and the engine read is there, once and in order."""
+    thread, n = None, 60
+    for moment in range(50):
+        go_on = str(tmp_path / ("go-on-%d" % moment))
+        steps = [BEGIN, {"count": {"n": moment, "size": 100}}, {"wait_for": go_on},
+                 {"count": {"n": n - moment, "size": 3000 if moment % 2 else 100}},
+                 {"complete": True}]
+        if moment % 10 == 9:
+            steps.insert(0, IGNORE)
+        turn = engine.start_turn(script(*steps))
+        reader = Reader(engine, turn)
+        if moment:
+            wait_for(lambda: len(reader.events) > moment)
+        codex = wait_for(lambda: [c for c in engine.calls() if c["argv"]])[-1]["pid"]
+        if moment % 5 == 4:
+            os.kill(codex, signal.SIGSTOP)
+        open(go_on, "w").close()
+        time.sleep(moment % 7 * 0.004)
+        engine.kill()
+        seen = len(reader.events)
+        engine.start()
+        events = reader.result()
+        assert len(events) >= seen
+        told = numbers_in(events)
+        assert told[:moment] == list(range(moment))
+        assert told[moment:] == list(range(len(told) - moment))
+        assert code_of(events) == "engine_restarted" or events[-2].type == "turn.completed"
+        assert not is_alive(codex)
+        if thread:
+            assert events[0].json()["thread_id"] == thread
+        thread = engine.status()["thread_id"] or thread
+        if moment:
+            assert events[0].json()["thread_id"] == thread == engine.status()["thread_id"]
+        assert engine.events(turn) == events
+        wait_for(lambda: engine.status()["turn"]["status"] != "running")
+        check_state(engine)
+    assert engine.send("Hello")[0].json()["thread_id"] == thread
+    assert len(engine.calls()) == 51
+
+
+def test_kill_in_the_middle_of_a_start(engine):
+    """Before the turn has a log Codex has no prompt, so the message was not begun."""
+    for moment in range(12):
+        connection = engine.connect()
+        connection.request("POST", "/codex/send", json.dumps({"message": script(BEGIN, HANG)}),
+                           {"X-Replicas-Engine-Secret": harness.SECRET})
+        time.sleep(moment * 0.002)
+        engine.kill()
+        connection.close()
+        engine.start()
+        turns = os.listdir(os.path.join(engine.state, "turns"))
+        latest = max([int(name[:-4]) for name in turns], default=0)
+        if latest:
+            assert code_of(Reader(engine, latest).result()) == "engine_restarted"
+        wait_for(lambda: not [call for call in engine.calls() if is_alive(call["pid"])])
+        assert engine.post("/codex/interrupt").json()["interrupted"] is False
+
+
+def test_kill_while_the_earlier_turn_is_still_being_put_in_order(engine):
+    """No turn may start before what outlived the engine is stopped."""
+    turn = engine.start_turn(script(IGNORE, BEGIN, HANG))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    codex = engine.calls()[-1]["pid"]
+    for _ in range(3):
+        engine.kill()
+        engine.start()
+        assert is_alive(codex)
+    events = engine.send("Hello")
+    assert not is_alive(codex)
+    assert events[0].id == "%d.1" % (turn + 1)
+    assert code_of(engine.events(turn)) == "engine_restarted"
+
+
+def test_a_signal_while_the_earlier_turn_is_being_put_in_order(engine):
+    turn = engine.start_turn(script(IGNORE, BEGIN, HANG))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    codex = engine.calls()[-1]["pid"]
+    engine.kill()
+    engine.start()
+    assert engine.stop() == 0
+    assert not is_alive(codex)
+    check_state(engine)
+    engine.start()
+    assert code_of(engine.events(turn)) == "engine_restarted"
+
+
+def test_what_a_killed_engines_codex_started(engine):
+    number = "4100.%09d" % os.getpid()
+    sleeper = {"spawn": {"argv": ["sleep", number], "session": True, "double_fork": True,
+                         "stdout": "null", "pidfile": os.path.join(engine.folder, "pids")}}
+    engine.start_turn(script(BEGIN, sleeper, HANG))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    with open(os.path.join(engine.folder, "pids"), encoding="ascii") as file:
+        pid = int(file.read())
+    engine.kill()
+    assert is_alive(pid)
+    engine.start()
+    engine.send("Hello")
+    assert not is_alive(pid)
+
+
+def test_a_log_that_breaks_off_in_its_ending(engine):
+    """The ending that Codex gave stays the turn's ending."""
+    turn = int(engine.send("Hello")[0].id.partition(".")[0])
+    whole = engine.events(turn)
+    engine.stop()
+    path = os.path.join(engine.state, "turns", "%d.log" % turn)
+    with open(path, "rb") as file:
+        data = file.read()
+    done = data.index(b"\n\nid: %d.%d\n" % (turn, len(whole))) + 2
+    before = data.index(b"\n\nid: %d.%d\n" % (turn, len(whole) - 1)) + 2
+    head = data.index(b"\n\n") + 2
+    for cut in (len(data), len(data) - 1, done + 3, done, done - 1, before + 9, before, head, 0):
+        with open(path, "wb") as file:
+            file.write(data[:cut])
+        engine.start()
+        if cut == 0:
+            assert engine.get("/codex/events?turn=%d" % turn).status == 404
+        else:
+            events = Reader(engine, turn).result()
+            count = len(whole) if cut >= done else len(whole) - 2 if cut >= before else 0
+            assert events[:count] == whole[:count]
+            if cut < done:
+                assert code_of(events) == "engine_restarted"
+            else:
+                assert events == whole
+        assert engine.send("And on")[-2].type == "turn.completed"
+        assert engine.stop() == 0
+        for name in os.listdir(os.path.dirname(path)):
+            if name != os.path.basename(path):
+                os.unlink(os.path.join(os.path.dirname(path), name))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"thread_id": 7}', b"\xff\xfe", b"null"])
+def test_a_thread_file_that_is_none(engine, content):
+    engine.send("Hello")
+    engine.stop()
+    with open(os.path.join(engine.state, "thread.json"), "wb") as file:
+        file.write(content)
+    engine.start()
+    assert engine.status()["thread_id"] is None
+    assert engine.send("Hello")[-2].type == "turn.completed"
+    engine.stop()
+    check_state(engine)
+
+
+def test_logs_of_anybody(engine):
+    """Whatever lies in the folder of the turns, the engine serves."""
+    engine.send("Hello")
+    engine.stop()
+    turns = os.path.join(engine.state, "turns")
+    contents = {"2": b"", "3": b": {}\n\n", "4": b": {\n\n", "5": b"\x00" * 5000,
+                "6": b': {"turn":6}\n\nid: 6.1\nevent: x\ndata: {}\n\n',
+                "7": b': {"turn":7}\n\n\n\n\n\n',
+                "8": b': {"turn":8,"mark":"x","codex":{"pid":1,"started":1}}\n\nid: 8\n\n',
+                "9": b': {"turn":9,"mark":"x","codex":{"pid":1,"started":1}}\n\n'
+                     b'id: 9.1\nevent: thread.started\ndata: {"thread_id":[]}\n\n'}
+    for name, content in contents.items():
+        with open(os.path.join(turns, name + ".log"), "wb") as file:
+            file.write(content)
+    os.mkdir(os.path.join(turns, "10.log"))
+    engine.start()
+    assert code_of(Reader(engine, 9).result()) == "engine_restarted"
+    assert engine.status()["turn"] is not None
+    assert engine.send("Hello")[-2].type == "turn.completed"
+    assert engine.get("/codex/events?turn=1").status == 200
+
+
+# A full disk
+
+@pytest.fixture
+def small_disk(make_engine, tmp_path):
+    """An engine whose state is on a file system of 400 KiB, and that file system."""
+    state = tmp_path / "small"
+    state.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=700", "tmpfs", str(state)]
+    try:
+        mounted = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        conftest.unavailable("a small tmpfs can't be mounted: that takes root")
+    engine = make_engine(REPLICAS_ENGINE_STATE=str(state))
+    engine.state = str(state)
+    yield engine, Disk(str(state))
+    engine.stop()
+    subprocess.run(["umount", str(state)], check=True)
+
+
+class Disk:
+    def __init__(self, path):
+        self.ballast = os.path.join(path, "ballast")
+
+    def fill(self, but=0):
+        """Leave no more than `but` bytes of room."""
+        with open(self.ballast, "ab", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * 4096)
+            file.truncate(file.tell() - but)
+
+    def free(self):
+        os.unlink(self.ballast)
+
+
+def is_full(engine):
+    return "its log can't be written" in engine.log()
+
+
+def test_full_before_the_turn(small_disk):
+    engine, disk = small_disk
+    thread = engine.send("Hello")[0].json()["thread_id"]
+    disk.fill()
+    for _ in range(3):
+        answer = engine.post("/codex/send", {"message": "Hello again"}, **{"Idempotency-Key": "k"})
+        assert answer.status == 503
+        assert "No space left" in answer.json()["details"]
+    assert engine.post("/codex/interrupt").json()["interrupted"] is False
+    assert engine.prompts() == ["Hello"]
+    assert len(engine.events(1)) == 5 and engine.status()["turn"]["id"] == 1
+    disk.free()
+    events = engine.send("Hello again")
+    assert events[0].id == "2.1" and events[0].json()["thread_id"] == thread
+    check_state(engine)
+
+
+@pytest.mark.parametrize("room", [0, 4096, 8192, 12288, 40960])
+def test_full_in_the_middle_of_a_turn(small_disk, tmp_path, room):
+    """Nothing is lost: Codex waits until there is room, and the turn goes on."""
+    engine, disk = small_disk
+    go_on = str(tmp_path / "go-on")
+    turn = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"count": {"n": 500, "size": 300}},
+                                    {"complete": True}))
+    reader = Reader(engine, turn)
+    wait_for(lambda: reader.events)
+    disk.fill(but=room)
+    open(go_on, "w").close()
+    wait_for(lambda: is_full(engine))
+    assert engine.status()["turn"]["status"] == "running"
+    disk.free()
+    events = reader.result()
+    assert numbers_in(events) == list(range(500)) and events[-2].type == "turn.completed"
+    assert engine.events(turn) == events
+    assert engine.log().count("its log can't be written") < 5
+    check_state(engine)
+
+
+@pytest.mark.parametrize("then", ["next", "restart", "shutdown", "kill"])
+def test_interrupted_while_the_disk_is_full(small_disk, tmp_path, then):
+    engine, disk = small_disk
+    go_on = str(tmp_path / "go-on")
+    turn = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"count": {"n": 9000}}))
+    reader = Reader(engine, turn, reconnects=False)
+    wait_for(lambda: reader.events)
+    disk.fill()
+    open(go_on, "w").close()
+    wait_for(lambda: is_full(engine))
+    if then != "shutdown":
+        assert engine.post("/codex/interrupt").json()["turn_id"] == turn
+        events = reader.result()
+        assert code_of(events) == "interrupted"
+        assert engine.events(turn) == events
+        assert engine.status()["turn"]["status"] == "interrupted"
+        answer = engine.post("/codex/send", {"message": "Hello"})
+        assert answer.status == 503 and "make room" in answer.json()["details"]
+    else:
+        assert engine.stop() == 0
+        assert code_of(reader.result()) == "shutdown"
+    if then == "kill":
+        engine.kill()
+        engine.start()
+        assert code_of(Reader(engine, turn).result()) == "engine_restarted"
+    disk.free()
+    if then == "restart":
+        engine.restart()
+        assert engine.events(turn) == events
+    if then == "shutdown":
+        engine.start()
+        assert code_of(Reader(engine, turn).result()) == "engine_restarted"
+    if then == "next":
+        assert engine.send("Hello")[-2].type == "turn.completed"
+        assert engine.events(turn) == events
+    assert engine.send("Hello")[-2].type == "turn.completed"
+    check_state(engine)
+
+
+@pytest.mark.parametrize("room", [0, 4096, 16384])
+def test_killed_while_the_disk_is_full(small_disk, tmp_path, room):
+    """No client has seen an event that the engine does not know after its restart."""
+    engine, disk = small_disk
+    go_on = str(tmp_path / "go-on")
+    turn = engine.start_turn(script(IGNORE, BEGIN, {"wait_for": go_on},
+                                    {"count": {"n": 9000, "size": 300}}))
+    reader = Reader(engine, turn)
+    wait_for(lambda: reader.events)
+    disk.fill(but=room)
+    open(go_on, "w").close()
+    wait_for(lambda: is_full(engine))
+    codex = engine.calls()[-1]["pid"]
+    engine.kill()
+    seen = list(reader.events)
+    engine.start()
+    disk.free()
+    events = reader.result()
+    assert events[:len(seen)] == seen
+    assert numbers_in(events) == list(range(len(numbers_in(events))))
+    assert code_of(events) == "engine_restarted"
+    assert not is_alive(codex)
+    assert engine.send("Hello")[-2].type == "turn.completed"
+    assert engine.events(turn) == events
+    check_state(engine)
+
+
+def test_full_at_a_reset(small_disk):
+    engine, disk = small_disk
+    thread = engine.send("Hello")[0].json()["thread_id"]
+    disk.fill()
+    answer = engine.post("/codex/reset")
+    assert answer.status == 503 and "make room" in answer.json()["details"]
+    assert engine.status()["thread_id"] is None
+    assert engine.post("/codex/send", {"message": "Hello"}).status == 503
+    disk.free()
+    assert engine.post("/codex/reset").status == 200
+    engine.restart()
+    assert engine.status()["thread_id"] is None
+    assert engine.send("Hello")[0].json()["thread_id"] != thread
+    check_state(engine)
+
+
+def test_full_when_the_thread_begins(small_disk, tmp_path):
+    """The thread that could not be written down is written when there is room."""
+    engine, disk = small_disk
+    go_on = str(tmp_path / "go-on")
+    turn = engine.start_turn(script({"wait_for": go_on}, BEGIN, {"complete": True}))
+    reader = Reader(engine, turn)
+    disk.fill(but=4096)
+    disk.fill()
+    open(go_on, "w").close()
+    wait_for(lambda: "thread.json can't be written" in engine.log())
+    disk.free()
+    thread = reader.result()[0].json()["thread_id"]
+    assert engine.status()["thread_id"] == thread
+    assert engine.stop() == 0
+    check_state(engine)
+    engine.start()
+    assert engine.status()["thread_id"] == thread
+
+

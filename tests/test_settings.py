@@ -1,0 +1,151 @@
+"""Settings: what the environment and .env may say, and what stops the start."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import harness
+import replicas_engine
+from replicas_engine import Settings, SettingsError, parse_dotenv
+
+
+def test_defaults():
+    settings = Settings({"HOME": "/home/someone"})
+    assert settings.secret is None
+    assert (settings.host, settings.port) == (None, 3737)
+    assert settings.workspace == "/home/someone"
+    assert settings.codex_home == "/home/someone/.codex"
+    assert settings.state == "/home/someone/.local/state/replicas-engine"
+    assert settings.sandbox == "workspace-write"
+    assert settings.model is None
+    assert (settings.idle_timeout, settings.turn_timeout) == (1800, 0)
+    assert settings.max_body == 33554432
+    assert settings.max_connections == 256
+    assert not settings.development
+
+
+def test_workspace_without_a_home():
+    assert Settings({}).workspace == "/home/ubuntu"
+
+
+@pytest.mark.parametrize("env, state", [
+    ({"REPLICAS_ENGINE_STATE": "/a", "STATE_DIRECTORY": "/b"}, "/a"),
+    ({"STATE_DIRECTORY": "/b:/c", "XDG_STATE_HOME": "/d"}, "/b"),
+    ({"XDG_STATE_HOME": "/d"}, "/d/replicas-engine"),
+    ({"XDG_STATE_HOME": "relative"}, "/h/.local/state/replicas-engine"),
+    ({"REPLICAS_ENGINE_STATE": "~/x"}, "/h/x"),
+    ({"REPLICAS_ENGINE_STATE": ""}, "/h/.local/state/replicas-engine"),
+])
+def test_state_directory(env, state):
+    assert Settings(dict(env, HOME="/h")).state == state
+
+
+def test_sandbox_config_leaves_it_to_codex():
+    assert Settings({"REPLICAS_ENGINE_SANDBOX": "config"}).sandbox is None
+
+
+def test_secret_is_bytes_without_blanks_around():
+    assert Settings({"REPLICAS_ENGINE_SECRET": " sé\n"}).secret == "sé".encode()
+
+
+WRONG = [
+    ("PORT", "abc"), ("PORT", "-1"), ("PORT", "65536"), ("PORT", "80.5"), ("PORT", "٣"),
+    ("REPLICAS_ENGINE_IDLE_TIMEOUT", "1h"), ("REPLICAS_ENGINE_TURN_TIMEOUT", "-5"),
+    ("REPLICAS_ENGINE_MAX_BODY", "0"), ("REPLICAS_ENGINE_MAX_CONNECTIONS", "0"),
+    ("REPLICAS_ENGINE_SANDBOX", "none"), ("REPLICAS_ENGINE_SANDBOX", "Read-Only"),
+    ("REPLICAS_ENGINE_MODEL", "a\nb"), ("REPLICAS_ENGINE_MODEL", "m" * 201),
+    ("REPLICAS_ENGINE_SECRET", "a\x01b"),
+]
+
+
+@pytest.mark.parametrize("name, value", WRONG)
+def test_what_cannot_be_used_is_named(name, value):
+    with pytest.raises(SettingsError, match=name):
+        Settings({name: value})
+
+
+@pytest.mark.parametrize("name, value", [("PORT", "abc"), ("REPLICAS_ENGINE_SANDBOX", "none")])
+def test_a_wrong_setting_stops_the_start(tmp_path, name, value):
+    run = subprocess.run([sys.executable, harness.MODULE], cwd=str(tmp_path), timeout=60,
+                         env={"HOME": str(tmp_path), name: value}, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
+    assert run.returncode == 2
+    lines = run.stdout.decode().splitlines()
+    assert len(lines) == 1 and "%s=%s" % (name, value) in lines[0]
+
+
+def test_a_secret_that_no_header_can_carry_is_not_shown(tmp_path):
+    run = subprocess.run([sys.executable, harness.MODULE], cwd=str(tmp_path), timeout=60,
+                         env={"HOME": str(tmp_path), "REPLICAS_ENGINE_SECRET": "tell\x01nobody"},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert run.returncode == 2
+    assert b"REPLICAS_ENGINE_SECRET" in run.stdout and b"nobody" not in run.stdout
+
+
+def test_dotenv():
+    assert parse_dotenv(
+        "# a comment\n"
+        "PLAIN=value\n"
+        "export EXPORTED=yes\r\n"
+        "SPACED =  two words  \n"
+        "COMMENTED=value # not this\n"
+        "HASH=a#b\n"
+        "SINGLE='one # $two \\n'\n"
+        "DOUBLE=\"line\\nand \\\"quotes\\\"\" # gone\n"
+        "LINES=\"first\nsecond\"\n"
+        "EMPTY=\n"
+        "this is no assignment\n"
+        "EQUALS=a=b\n"
+        "LAST=end"
+    ) == {"PLAIN": "value", "EXPORTED": "yes", "SPACED": "two words", "COMMENTED": "value",
+          "HASH": "a#b", "SINGLE": "one # $two \\n", "DOUBLE": "line\nand \"quotes\"",
+          "LINES": "first\nsecond", "EMPTY": "", "EQUALS": "a=b", "LAST": "end"}
+
+
+def test_the_environment_wins_over_dotenv(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("PORT=1111\nREPLICAS_ENGINE_MODEL=from-file\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {"PORT": "2222", "HOME": str(tmp_path)})
+    settings = Settings.from_process()
+    assert (settings.port, settings.model) == (2222, "from-file")
+
+
+def test_an_engine_reads_dotenv(make_engine):
+    engine = make_engine(start=False, REPLICAS_ENGINE_SECRET=None)
+    with open(os.path.join(engine.folder, ".env"), "w") as file:
+        file.write("REPLICAS_ENGINE_SECRET=from-the-file\nOPENAI_API_KEY=a-key\n")
+    engine.start()
+    assert engine.request("GET", "/ping", secret="from-the-file").status == 200
+    engine.request("POST", "/codex/send", {"message": "hi"}, secret="from-the-file")
+    env = engine.calls()[0]["env"]
+    assert env["OPENAI_API_KEY"] == env["CODEX_API_KEY"] == "a-key"
+    assert "REPLICAS_ENGINE_SECRET" not in env
+
+
+def test_a_dotenv_that_is_a_folder_is_passed_over(make_engine):
+    engine = make_engine(start=False)
+    os.mkdir(os.path.join(engine.folder, ".env"))
+    assert engine.start().get("/ping").status == 200
+
+
+def test_importing_the_module_does_nothing(tmp_path):
+    program = ("import os, threading; os.environ['PORT'] = 'abc'; import replicas_engine; "
+               "print(replicas_engine.application.runner, threading.active_count(), os.listdir('.'))")
+    run = subprocess.run([sys.executable, "-c", program], cwd=str(tmp_path), timeout=60,
+                         env=dict(os.environ, PYTHONPATH=harness.ROOT), stdout=subprocess.PIPE)
+    assert run.stdout.split() == [b"None", b"1", b"[]"]
+
+
+def test_the_settings_are_those_of_the_readme():
+    with open(os.path.join(harness.ROOT, "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    with open(replicas_engine.__file__, encoding="utf-8") as file:
+        module = file.read()
+    for name in ("REPLICAS_ENGINE_SECRET", "PORT", "HOST", "WORKSPACE_HOME", "NODE_ENV",
+                 "CODEX_PATH", "CODEX_HOME", "CODEX_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL",
+                 "REPLICAS_ENGINE_SANDBOX", "REPLICAS_ENGINE_MODEL", "REPLICAS_ENGINE_IDLE_TIMEOUT",
+                 "REPLICAS_ENGINE_TURN_TIMEOUT", "REPLICAS_ENGINE_STATE",
+                 "REPLICAS_ENGINE_MAX_BODY", "REPLICAS_ENGINE_MAX_CONNECTIONS"):
+        assert "`%s`" % name in readme and '"%s"' % name in module, name
