@@ -1,0 +1,82 @@
+"""README: what it shows is run, and what it shows as answers are the answers."""
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+
+import harness
+import replicas_engine
+
+
+def readme():
+    with open(os.path.join(harness.ROOT, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+BLOCK = re.compile(r"```sh\n(.*?)```\n(?:```(json|text)\n(.*?)```)?", re.DOTALL)
+EXAMPLES = [match.groups() for match in BLOCK.finditer(readme()) if "curl" in match.group(1)]
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory):
+    """An engine with a turn behind it."""
+    engine = harness.Engine(tmp_path_factory.mktemp("used")).start()
+    engine.send("hello")
+    yield engine
+    engine.stop()
+
+
+def shape(value):
+    """What an answer promises: its keys, in their order."""
+    return {key: shape(item) if key in ("turn", "codex", "engine") else None
+            for key, item in value.items()} if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_the_example(used, number):
+    commands, kind, shown = EXAMPLES[number]
+    variables = ('ENGINE=http://127.0.0.1:%d\nSECRET="X-Replicas-Engine-Secret: %s"\n'
+                 % (used.port, harness.SECRET))
+    run = subprocess.run(["bash", "-e"], input=(variables + commands.replace("curl ", "curl -sSf ")
+                                                ).encode(),
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    output = run.stdout.decode()
+    assert run.returncode == 0, output
+    if kind == "json":
+        answer = json.loads(output)
+        assert list(answer) == list(json.loads(shown)) and shape(answer) == shape(json.loads(shown))
+    elif kind == "text":
+        got = [event.type for event in harness.parse_events(output.encode())]
+        assert got == [event.type for event in harness.parse_events(shown.encode() + b"\n")]
+
+
+def test_every_endpoint_is_shown():
+    for path, methods in replicas_engine.Application().router.paths.items():
+        for method in set(methods) - {"HEAD"}:
+            assert "### %s %s\n" % (method, path) in readme()
+
+
+def test_every_option_is_in_the_table():
+    for option in replicas_engine.TURN_OPTIONS:
+        assert "| `%s` |" % option.key in readme()
+
+
+def test_every_code_of_a_failure_is_in_the_table():
+    for code in ["exited"] + list(replicas_engine.STOP_MESSAGES):
+        assert "| `%s` |" % code in readme()
+
+
+def test_the_two_commands_are_there():
+    for command in ("packaging/try", "tests/run"):
+        assert "\n    %s\n" % command in readme()
+        assert os.access(os.path.join(harness.ROOT, command), os.X_OK)
+
+
+def test_links_within_the_page_lead_somewhere():
+    headings = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+                for heading in re.findall(r"^#+ (.*)$", readme(), re.MULTILINE)}
+    for anchor in re.findall(r"\]\(#([^)]+)\)", readme()):
+        assert anchor in headings
