@@ -141,7 +141,7 @@ class Machine:
         while time.monotonic() < deadline:
             self.leader = self._find_leader()
             # "degraded" will do: what doesn't work in a container is not ours.
-            if self.leader and self.run("systemctl is-system-running", check=False).stdout.strip() in (
+            if self.leader and self.out("systemctl is-system-running", check=False) in (
                     "running", "degraded"):
                 return self
             if self._nspawn.poll() is not None:
@@ -194,7 +194,8 @@ class Machine:
 
     def run(self, command, check=True, timeout=60, input=None):
         """A shell command line as root in the machine; its output is text."""
-        arguments = self.enter() + ["env", "-i", "PATH=" + PATH, "HOME=/root", "sh", "-c", "cd /\n" + command]
+        arguments = self.enter() + ["env", "-i", "PATH=" + PATH, "HOME=/root",
+                                    "sh", "-c", "cd /\n" + command]
         process = subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             universal_newlines=True, start_new_session=True)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -13,6 +14,9 @@ import packaging_machine
 from packaging_machine import CHECKOUT, CLONE, SETTINGS, Machine
 
 BASE = "http://127.0.0.1:3737"
+VERIFY = "systemd-analyze verify replicas-engine.service replicas-engine.socket"
+CLOUD_INIT = os.path.join(CHECKOUT, "packaging", "cloud-init")
+CLIENTS = os.path.join(CHECKOUT, "tests", "packaging_clients.py")
 
 
 def need(reason):
@@ -79,7 +83,8 @@ def check_service(machine, user="ubuntu", port=3737, secret=None):
     assert machine.out("stat -c '%%a %%U %%G' %s" % SETTINGS) == "600 root root"
     search = "grep -rlsF '%s' / --exclude-dir=proc --exclude-dir=sys || true" % found
     assert SETTINGS in machine.out(search).split()
-    assert machine.out("setpriv --reuid=%s --regid=%s --init-groups %s" % (user, user, search)) == ""
+    others = "setpriv --reuid=%s --regid=%s --init-groups %s" % (user, user, search)
+    assert machine.out(others) == ""
     assert machine.out("ps -o user= -p %d" % machine.pid()) == user
     assert found not in machine.journal()
     return found
@@ -199,6 +204,27 @@ def test_install_with_codex(machine):
     assert not os.path.exists(machine.path("/root/npm-called"))
 
 
+def test_where_the_sandbox_is_forbidden(machine):
+    """As on Ubuntu 24.04, whose AppArmor this machine doesn't have: with stand-ins."""
+    machine.write("/usr/local/bin/bwrap", "#!/bin/sh\necho 'bwrap: loopback: Failed' >&2; exit 1\n",
+                  0o755)
+    out = machine.install().stdout
+    assert "bwrap: loopback: Failed" in out and "replicas-engine-setup --allow-sandbox" in out
+    machine.write("/usr/local/sbin/apt-get", """#!/bin/sh
+case "$*" in *install*bubblewrap*apparmor-profiles*)
+    mkdir -p /usr/share/apparmor/extra-profiles /etc/apparmor.d
+    echo profile >/usr/share/apparmor/extra-profiles/bwrap-userns-restrict
+esac
+""", 0o755)
+    machine.write("/usr/local/sbin/apparmor_parser", """#!/bin/sh
+[ "$*" = "-r /etc/apparmor.d/bwrap-userns-restrict" ] && cat "$2" || exit 1
+printf '#!/bin/sh\\n' >/usr/local/bin/bwrap
+""", 0o755)
+    out = machine.install("--allow-sandbox").stdout
+    assert "profile" in out.split() and "can't be made" not in out
+    assert "can't be made" not in machine.run("replicas-engine-setup").stdout
+
+
 # ---- The .deb
 
 def test_deb(machine, deb, newer_deb):
@@ -219,7 +245,8 @@ def test_deb(machine, deb, newer_deb):
                 and path.startswith(("/etc/", "/home/"))]
 
     # An upgrade keeps secret and settings.
-    machine.run("echo REPLICAS_ENGINE_MODEL=mine >>%s; replicas-engine-setup --port 4000" % SETTINGS)
+    machine.run("echo REPLICAS_ENGINE_MODEL=mine >>" + SETTINGS)
+    machine.run("replicas-engine-setup --port 4000")
     pid, settings = machine.pid(), machine.read(SETTINGS)
     machine.run("dpkg -i " + put(machine, newer_deb))
     assert machine.pid() != pid and machine.read(SETTINGS) == settings
@@ -277,7 +304,7 @@ def test_on_the_oldest_debian(deb):
         before = machine.files()
         machine.install("--port 4000")
         check_service(machine, port=4000)
-        verify = machine.run("systemd-analyze verify replicas-engine.service replicas-engine.socket")
+        verify = machine.run(VERIFY)
         assert verify.stdout + verify.stderr == ""
         machine.install("--uninstall")
         machine.run("dpkg -i " + put(machine, deb))
@@ -290,8 +317,8 @@ def test_on_the_oldest_debian(deb):
 
 def test_cloud_init(tmp_path, deb):
     data = subprocess.run(
-        [os.path.join(CHECKOUT, "packaging", "cloud-init"), "--deb", deb, "--secret", "fleet-secret",
-         "--codex-api-key", "sk-given", "--port", "4000"],
+        [CLOUD_INIT, "--deb", deb, "--secret", "fleet-secret", "--codex-api-key", "sk-given",
+         "--port", "4000"],
         stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
     with Machine(["cloud-init"]) as machine:
         seed = "/var/lib/cloud/seed/nocloud/"
@@ -327,7 +354,7 @@ def test_cloud_init(tmp_path, deb):
 # ---- The units
 
 def test_units(installed):
-    verify = installed.run("systemd-analyze verify replicas-engine.service replicas-engine.socket")
+    verify = installed.run(VERIFY)
     assert verify.stdout + verify.stderr == ""
     security = installed.out("systemd-analyze security --no-pager replicas-engine.service")
     score = float(re.search(r"exposure level for \S+: ([0-9.]+)", security).group(1))
@@ -350,7 +377,8 @@ def with_codex():
         machine.wait_for(lambda: machine.run("test -s /home/ubuntu/.codex/config.toml",
                                              check=False).returncode == 0)
         machine.install("--workspace /home/ubuntu/work")
-        machine.run("echo CODEX_API_KEY=stand-in >>%s; systemctl restart replicas-engine" % SETTINGS)
+        machine.run("echo CODEX_API_KEY=stand-in >>" + SETTINGS)
+        machine.run("systemctl restart replicas-engine")
         yield machine
 
 
@@ -380,7 +408,8 @@ SNOOP = ("cat %s; env; for p in /proc/[0-9]*; do tr '\\0' '\\n' <$p/environ; cat
 
 def test_a_real_turn(with_codex):
     machine = with_codex
-    assert json.loads(machine.get("/codex/status", machine.secret())[1])["codex"]["version"] == "0.169.0"
+    status = json.loads(machine.get("/codex/status", machine.secret())[1])
+    assert status["codex"]["version"] == "0.169.0"
     assert machine.run("replicas-engine --check", check=False).returncode == 0
     # A file that the user and the service's unit could write, but Codex's sandbox must not.
     found = send(machine, "model: run echo made >inside.txt; echo no >/home/ubuntu/outside.txt;"
@@ -422,7 +451,7 @@ class Clients:
     def __init__(self, machine):
         self.machine = machine
         secret = machine.secret()
-        shutil.copy(os.path.join(CHECKOUT, "tests", "packaging_clients.py"), machine.path("/opt/c.py"))
+        shutil.copy(CLIENTS, machine.path("/opt/c.py"))
         command = machine.enter() + ["env", "-i", "python3", "/opt/c.py", secret, "/root/stop"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, universal_newlines=True)
 
@@ -528,10 +557,10 @@ def test_stop_leaves_no_process(with_codex):
     machine = with_codex
     threads, texts = running_turn(machine)
     group = machine.out("systemctl show -p ControlGroup --value replicas-engine")
-    took = machine.out("s=$(date +%s%N); systemctl stop replicas-engine.socket replicas-engine.service;"
-                       " e=$(date +%s%N); echo $(((e - s) / 1000000))")
-    print("stop with a running turn: %s ms" % took)
-    assert int(took) < 10000
+    start = time.monotonic()
+    machine.run("systemctl stop replicas-engine.socket replicas-engine.service")
+    print("stop with a running turn: %.2f s" % (time.monotonic() - start))
+    assert time.monotonic() - start < 10
     for thread in threads:
         thread.join(30)
     assert events(texts[0])[-2][1]["error"]["code"] == "shutdown"
@@ -554,7 +583,8 @@ def test_status_with_a_port_in_use(installed):
     machine = installed
     machine.run("systemctl stop replicas-engine.socket replicas-engine.service")
     machine.run("python3 -c 'import socket, time; s = socket.create_server((\"\", 3737));"
-                " open(\"/root/hog\", \"w\"); time.sleep(600)' >/dev/null 2>&1 & echo $! >/root/hog.pid")
+                " open(\"/root/hog\", \"w\"); time.sleep(600)' >/dev/null 2>&1 &"
+                " echo $! >/root/hog.pid")
     machine.wait_for(lambda: os.path.exists(machine.path("/root/hog")))
     machine.run("systemctl start replicas-engine", check=False)
     machine.run("sleep 8")
@@ -576,8 +606,8 @@ def test_status_without_a_secret(installed):
 
 def test_status_with_a_setting_that_cannot_be_used(installed):
     machine = installed
-    machine.run("echo REPLICAS_ENGINE_MAX_BODY=abc >>%s; systemctl restart replicas-engine" % SETTINGS,
-                check=False)
+    machine.run("echo REPLICAS_ENGINE_MAX_BODY=abc >>" + SETTINGS)
+    machine.run("systemctl restart replicas-engine", check=False)
     # Clients that come don't make it loop.
     for _ in range(8):
         machine.run("curl -s -m 2 %s/health" % BASE, check=False)
