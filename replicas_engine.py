@@ -30,15 +30,13 @@ Requests and responses, Routing, Secret, Turn log and event stream, Rollouts, Co
 Processes, Turn and CodexRunner, Application, WSGI server, systemd, Command line.
 """
 
-import base64
-import binascii
 import codecs
 import collections
 import contextlib
-import copy
 import ctypes
 import datetime
 import errno
+import faulthandler
 import fcntl
 import functools
 import hashlib
@@ -60,9 +58,7 @@ import subprocess
 import sys
 import threading
 import time
-import typing
 import urllib.parse
-import uuid
 import zlib
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
@@ -131,7 +127,7 @@ class Settings:
         text = self.env.get(name, str(default)).strip()
         if not re.fullmatch(r"[0-9]{1,16}", text) or not least <= int(text) <= most:
             raise SettingsError("%s=%s is not a whole number from %d to %d"
-                                % (name, text, least, most))
+                                % (name, _shown(text), least, most))
         return int(text)
 
     def _path(self, name, default):
@@ -146,7 +142,7 @@ class Settings:
         sandbox = self.env.get("REPLICAS_ENGINE_SANDBOX", "workspace-write")
         if sandbox not in SANDBOX_MODES + ("config",):
             raise SettingsError("REPLICAS_ENGINE_SANDBOX=%s is none of %s, config"
-                                % (sandbox, ", ".join(SANDBOX_MODES)))
+                                % (_shown(sandbox), ", ".join(SANDBOX_MODES)))
         return None if sandbox == "config" else sandbox
 
     def _model(self):
@@ -162,6 +158,11 @@ class Settings:
         if not os.path.isabs(base):    # the XDG Base Directory Specification: ignore a relative one
             base = os.path.join(self.home, ".local", "state")
         return systemd or os.path.join(base, "replicas-engine")
+
+
+def _shown(value):
+    """A value as a log line can take it: on one line, and not too long."""
+    return repr(value)[1:-1][:100]
 
 
 def _home_of_user():
@@ -643,10 +644,11 @@ class TurnLog:
             if file is None:
                 file = stack.enter_context(open(self.path, "rb", buffering=0))
             written, rest = self._tail
-            limit = min(limit, self.size - offset)
+            end = min(offset + limit, self.size)
+            data = b""
             if offset < written:
-                return os.pread(file.fileno(), min(limit, written - offset), offset)
-            return rest[offset - written:offset - written + limit]
+                data = os.pread(file.fileno(), min(end, written) - offset, offset)
+            return data + rest[max(0, offset - written):end - written] if end > written else data
 
     def wait(self, offset, timeout):
         """Wait until there is more than `offset` bytes or the end, `timeout` seconds at most."""
@@ -967,7 +969,7 @@ class TurnProcesses:
         an earlier turn were there before, or sit in a group that was."""
         if self.earlier is None:
             return set()
-        groups = {entry.group for entry in self.earlier.values()}
+        groups = {entry.group for entry in self.earlier.values()} - {self.codex}
         return {pid for pid, entry in table.items()
                 if entry.parent == os.getpid() and pid not in _own_children
                 and entry.group not in groups and entry.state not in b"ZX"
@@ -1031,6 +1033,7 @@ class TurnProcesses:
 
 BLOCK_SIZE = 64 * 1024                     # bytes of a rollout that are read at once
 
+
 class Rollouts:
     """Finds the threads' rollout files under `codex_home`, and finds them again when moved."""
 
@@ -1086,11 +1089,10 @@ def _likely_days(thread_id):
     A UUIDv7 begins with its creation time in ms (RFC 9562, 5.7).  The folder is named in the
     local time of whoever created it, which is at most a day off UTC.
     """
-    try:
-        identifier = uuid.UUID(thread_id)
-    except ValueError:
+    match = re.match(r"([0-9a-f]{8})-([0-9a-f]{4})-7", thread_id, re.IGNORECASE)
+    if not match:
         return []
-    seconds = (identifier.int >> 80) / 1000
+    seconds = int(match.group(1) + match.group(2), 16) / 1000
     days = [time.gmtime(seconds + shift * 86400) for shift in (0, -1, 1)]
     return ["%04d/%02d/%02d" % day[:3] for day in days]
 
@@ -1172,7 +1174,7 @@ class RolloutReader:
         line that has no LF yet is still being written and left out."""
         pieces = []
         while True:
-            lines = self._read(BLOCK_SIZE).decode("latin-1").split("\n")
+            lines = self._read(_block_size(pieces)).decode("latin-1").split("\n")
             if lines == [""]:
                 return
             pieces.append(lines[0])
@@ -1199,7 +1201,7 @@ class RolloutReader:
         done = _rfind(self.file, b"\n", self.end) + 1       # lines from `done` on are seen
         begin, pieces = done - 1, []
         while count and begin > 0:
-            size = min(BLOCK_SIZE, begin)
+            size = min(_block_size(pieces), begin)
             begin = self.position = begin - size
             data = (b"" if begin else b"\n") + self._read(size)
             *lines, last = data.decode("latin-1").split("\n")
@@ -1213,6 +1215,12 @@ class RolloutReader:
                     if not count:
                         break
         return done
+
+
+def _block_size(pieces):
+    """How much to read on: within a long line more, since many small pieces, freed, would leave
+    malloc with memory in which its next copy doesn't fit."""
+    return BLOCK_SIZE if len(pieces) < 2 else 4 * BLOCK_SIZE
 
 
 BOM = "\xef\xbb\xbf"                       # the byte order mark in UTF-8, as Latin-1
@@ -1515,6 +1523,8 @@ def _images(value, settings):
         raise ValueError("must be a list of paths and data: URLs")
     if len(value) > MAX_IMAGES:
         raise ValueError("must be at most %d" % MAX_IMAGES)
+    if value and "," in settings.state:         # where Codex would split the files' names, silently
+        raise ValueError("need a state directory without a comma: see REPLICAS_ENGINE_STATE")
     files, room = [], settings.max_body
     for number, image in enumerate(value, 1):
         try:
@@ -1539,8 +1549,9 @@ def _image_of_url(url, settings):
     if not comma or not re.fullmatch(r"data:image/[a-z0-9.+-]+;base64", head, re.IGNORECASE):
         raise ValueError("must begin with data:image/<type>;base64,")
     try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
+        from base64 import b64decode        # wanted by few turns
+        return b64decode(data, validate=True)
+    except ValueError:
         raise ValueError("is not base64 (RFC 4648, 4)") from None
 
 
@@ -1564,14 +1575,10 @@ def _web_search(value):
             + config_argument("web_search", "live" if value else "disabled"))
 
 
-class TurnOption(typing.NamedTuple):
-    """A key of the request: how its value is checked, and what becomes of it."""
-    key: str
-    check: typing.Callable                  # (value, settings) -> what goes to Codex
-    arguments: typing.Callable              # what goes to Codex -> words of its command line
-    since: typing.Callable = lambda value: None     # value -> the first version that can, or None
-
-
+# A key of the request; (value, settings) -> what goes to Codex; what goes to Codex -> words of its
+# command line; what goes to Codex -> the first version that can do it, or None for every one.
+TurnOption = collections.namedtuple("TurnOption", "key check arguments since",
+                                    defaults=[lambda value: None])
 TURN_OPTIONS = (
     TurnOption("model", _name, lambda model: ["--model=" + model]),
     TurnOption("reasoning_effort", _one_of(*REASONING_EFFORTS),
@@ -1610,12 +1617,10 @@ class TurnOptions:
             if option.since(checked):
                 self.since[option.key] = option.since(checked)
 
-    def with_files(self, folder):
-        """The same options with every TurnFile written to `folder`, which is made if need be."""
-        written = copy.copy(self)
-        written.arguments = [_write_turn_file(word, folder) for word in self.arguments]
-        written.images = [_write_turn_file(word, folder) for word in self.images]
-        return written
+    def write_files(self, folder):
+        """Put every TurnFile into `folder`, which is made if need be, and its path in its place."""
+        self.arguments = [_write_turn_file(word, folder) for word in self.arguments]
+        self.images = [_write_turn_file(word, folder) for word in self.images]
 
 
 def _write_turn_file(word, folder):
@@ -1666,7 +1671,7 @@ class Turn:
         self.thread_id = thread_id          # the one to resume, or None
         self.message = message
         self.options = options
-        self.mark = uuid.uuid4().hex
+        self.mark = os.urandom(16).hex()
         self.log = None
         self.child = None
         self.terminal = None                # the type of the event with which Codex ended it
@@ -1735,7 +1740,7 @@ class Turn:
         self.codex = self.runner.prepare(self.options)
         os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
         self.folder = self.runner.turn_path(self.id)[:-len(".log")] + ".files"
-        self.options = self.options.with_files(self.folder)
+        self.options.write_files(self.folder)
         self._launch(self.thread_id)
         codex = {"pid": self.child.pid, "started": self.processes.started}
         header = {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
@@ -1756,13 +1761,13 @@ class Turn:
         self.stopper = None
         self.stopped = False
         self.prompt = memoryview(_well_formed(self.message).encode())
-        earlier = process_table()
         self.child = start_process(
             codex_arguments(self.settings, self.codex, self.options, thread_id),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             cwd=self.settings.workspace,
             env=codex_environment(self.settings, self.codex, self.mark))
-        self.processes = TurnProcesses(self.mark, self.child.pid, earlier=earlier)
+        # Codex does nothing yet, so whoever else is there now was there before the turn.
+        self.processes = TurnProcesses(self.mark, self.child.pid, earlier=process_table())
         threading.Thread(target=self._await_exit, args=(self.child,), daemon=True).start()
 
     def _await_exit(self, child):
@@ -2091,40 +2096,42 @@ class CodexRunner:
             return None
 
     def _load_turns(self):
-        """Read the headers of the kept turns; returns the logs of those that were cut short."""
+        """Read the headers of the kept turns; returns those that were cut short: the log and the
+        TurnProcesses of each."""
         broken = []
         for turn_id in self._kept():
             path = self.turn_path(turn_id)
             shutil.rmtree(path[:-len(".log")] + ".files", ignore_errors=True)
             try:
                 turn_log = TurnLog.open(path)
-            except (OSError, ValueError, KeyError) as error:
-                log.error("%s is passed over: %s", path, error)
-                if isinstance(error, ValueError):
+                codex = turn_log.header["codex"]
+                processes = TurnProcesses(turn_log.header["mark"], codex["pid"], codex["started"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.error("%s is passed over: %r", path, error)
+                if not isinstance(error, OSError):
                     os.replace(path, path + ".broken")
                 continue
             self.latest = turn_id
             if turn_log.header.get("key"):
                 self.keys[turn_log.header["key"]] = (turn_id, turn_log.header.get("fingerprint"))
             if not turn_log.finished:
-                broken.append(turn_log)
+                broken.append((turn_log, processes))
                 self.logs[turn_id] = turn_log
         return broken
 
     def _recover(self, broken):
-        for turn_log in broken:
+        for turn_log, processes in broken:
             log.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
             try:
+                processes.stop()
                 self._end_broken(turn_log)
-            except Exception:               # a log from elsewhere is no reason not to serve
+            except Exception:               # a bug, but no reason not to serve
                 log.exception("turn %d can't be put in order", turn_log.turn_id)
         self.recovered.set()
         self.prune()
 
     @staticmethod
     def _end_broken(turn_log):
-        codex = turn_log.header["codex"]
-        TurnProcesses(turn_log.header["mark"], codex["pid"], codex["started"]).stop()
         turn_log.reopen()
         ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1))
         if not ended:
@@ -2664,7 +2671,8 @@ VALUE = rb"[\t\x20-\x7e\x80-\xff]*"                                     # RFC 91
 QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'   # 5.6.4
 PCHAR = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})"            # RFC 3986, 3.3
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")   # 3
-PARTIAL_REQUEST_LINE = re.compile(TOKEN + rb"(?: (?:[\x21-\x7e]+(?: (?:[HTP/0-9.]+\r?)?)?)?)?")
+PARTIAL_REQUEST_LINE = re.compile(
+    TOKEN + rb"(?: (?:[\x21-\x7e]+(?: (?:[HTP/0-9.]+\r?)?)?)?)?")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*")                                # 2.2
 FIELDS = re.compile(rb"(?:" + TOKEN + rb":" + VALUE + rb"\r\n)*")       # 5
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
@@ -2782,6 +2790,7 @@ class RequestBody(io.RawIOBase):
         self.left = length or 0             # bytes of the body, or of the current chunk
         self.complete = length == 0
         self.broken = False
+        self.waits = True
         self.expects_continue = expects_continue
         self._begin = None
         self._received = 0
@@ -2808,12 +2817,12 @@ class RequestBody(io.RawIOBase):
         self.complete = not self.chunked and not self.left
         return len(data)
 
-    def is_read(self):
-        """Whether the body has been read, or can be without waiting: a connection stays in step."""
-        if not self.chunked and not self.broken and self.left <= len(self.connection.buffer):
-            self.connection.take(self.left)
-            self.left, self.complete = 0, True
-        return self.complete
+    def skip(self):
+        """Read, for nobody, as much as is there already: perhaps the connection stays in step."""
+        self.waits = False
+        with contextlib.suppress(OSError):
+            while not self.broken and self.readinto(bytearray(BUFFER_SIZE)):
+                pass
 
     def _next_chunk(self):
         size = self._line(MAX_CHUNK_LINE, CHUNK_LINE).group(1)
@@ -2848,6 +2857,8 @@ class RequestBody(io.RawIOBase):
         return match
 
     def _receive(self):
+        if not self.waits:
+            raise BlockingIOError
         now = time.monotonic()
         if self._begin is None:
             self._begin = now
@@ -3077,11 +3088,17 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     def send_result(self, result):
         """Send what the application returned: a short answer in one packet, a stream in chunks."""
-        if isinstance(result, (list, tuple)) and len(result) <= 1:
+        if isinstance(result, (list, tuple)) and len(result) <= 1 and not self.head_sent:
             body = result[0] if result else b""
-            if not self.is_head and not any(n.lower() == "content-length" for n, _ in self.headers):
+            if self.body:
+                self.body.skip()
+            length = self.content_length()
+            if length is None and not self.is_head:
                 self.headers.append(("Content-Length", str(len(body))))
-            self.connection.send(self.head() + (b"" if self.is_head else body))
+            elif length != len(body) and not self.is_bodiless():
+                raise ValueError("the body does not have the length that its head says")
+            head = self.head()
+            self.connection.send(head if self.is_bodiless() else head + body)
             return
         for data in result:
             if data:
@@ -3093,28 +3110,40 @@ class WSGIRequestHandler(BaseRequestHandler):
     def write(self, data):
         """Send a piece of the body, the first with the head before it."""
         head = b"" if self.head_sent else self.head()
-        if self.is_head:
-            self.connection.send(head)
+        if self.is_bodiless():
+            data = b""
         elif self.chunked:
-            self.connection.send(b"%b%x\r\n%b\r\n" % (head, len(data), data))
-        else:
-            self.connection.send(head + data)
+            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        elif self.left is not None:
+            self.left -= len(data)
+            if self.left < 0:               # it would be taken for the next response
+                raise ValueError("the body is longer than its head says")
+        self.connection.send(head + data)
 
     def end_body(self):
         head = b"" if self.head_sent else self.head()
-        self.connection.send(head + (b"0\r\n\r\n" if self.chunked and not self.is_head else b""))
+        self.connection.send(head + b"0\r\n\r\n" if self.chunked else head)
+        if self.left:
+            raise ValueError("the body is shorter than its head says")
+
+    def content_length(self):
+        """What the application says of its body's length, or None."""
+        return next((int(v) for n, v in self.headers if n.lower() == "content-length"), None)
+
+    def is_bodiless(self):
+        return self.is_head or self.status[:3] in ("204", "304")        # 6.3
 
     def head(self):
         """The response's head; settles how its body ends, and whether the connection stays."""
-        names = [name.lower() for name, _ in self.headers]
-        bodiless = self.is_head or self.status[:3] in ("204", "304")
-        self.chunked = self.version > 0 and not bodiless and "content-length" not in names
-        if self.status[:3] in ("204", "304"):           # RFC 9110, 8.6
+        bodiless, length = self.is_bodiless(), self.content_length()
+        self.left = None if bodiless else length
+        self.chunked = self.version > 0 and not bodiless and length is None
+        if bodiless and not self.is_head:   # RFC 9110, 8.6
             self.headers = [field for field in self.headers if field[0].lower() != "content-length"]
-        if not (bodiless or self.chunked or "content-length" in names):
+        if not bodiless and not self.chunked and length is None:
             self.close_connection = True    # 6.3: the end of the body is that of the connection
         if self.server.closing or self.spare or not (self.close_connection or self.body is None
-                                                     or self.body.is_read()):
+                                                     or self.body.complete):
             self.close_connection = True    # what is left of the request is no request (9.3)
         lines = ["HTTP/1.1 %s\r\nDate: %s\r\nServer: replicas-engine\r\n"
                  % (self.status, self.server.date())]
@@ -3412,22 +3441,26 @@ def serve(settings):
     app = Application(settings)
     inherited = systemd_listener()
     try:
+        app.open()
+    except (OSError, StateInUse) as error:
+        log.error("the state directory can't be used: %s", error)
+        return 1
+    try:
         listener = inherited or listen(settings.host, settings.port)
     except OSError as error:
         log.error("can't listen on port %d of %s: %s", settings.port,
                   settings.host or "every interface", error.strerror or error)
-        return 1
-    try:
-        app.open()
-    except (OSError, StateInUse) as error:
-        log.error("the state directory can't be used: %s", error)
+        app.runner.close()
         return 1
     server = WSGIServer(listener, app, settings.max_connections, always=("/health",))
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     log.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
              server.server_address[1], settings.host or "every interface", os.getpid())
-    if settings.secret is None:
-        log.warning("REPLICAS_ENGINE_SECRET is not set: nothing but /health will be answered")
+    status = service_status(app)
+    if status != IDLE:
+        log.warning("%s", status)
+    if inherited and server.server_address[1] != settings.port:
+        log.warning("PORT=%d is passed over: systemd's socket is on another port", settings.port)
 
     def stop():
         app.runner.close()
@@ -3435,8 +3468,8 @@ def serve(settings):
         events.put(ProcessEvents.STOPPED)
 
     app.runner.changed = lambda: events.put(ProcessEvents.TURN)
-    notify("READY=1\nSTATUS=Idle")
-    watch(events, server, app.runner, stop)
+    notify("READY=1\nSTATUS=" + status)
+    watch(events, server, app, stop)
     log.info("stopped")
     return 0
 
@@ -3469,7 +3502,23 @@ class ProcessEvents:
         return set(os.read(self._out, 65536)) if ready else set()
 
 
-def watch(events, server, runner, stop):
+IDLE = "Idle"
+
+
+def service_status(app):
+    """A line on how the engine is, for `systemctl status`."""
+    if app.settings.secret is None:
+        return "REPLICAS_ENGINE_SECRET is not set: nothing but /health is answered"
+    if app.runner.is_running():
+        return "Running turn %d" % app.runner.latest
+    try:
+        app.runner.finder.find()
+    except HTTPError as error:
+        return "%s: %s" % (error.body["error"], error.body["details"])
+    return IDLE
+
+
+def watch(events, server, app, stop):
     """The main thread's work: call `stop` in a thread when told to, and return when it is done; a
     second demand to stop is obeyed at once.  Meanwhile reap orphans and keep systemd informed."""
     interval, stopping = watchdog_interval(), False
@@ -3488,8 +3537,7 @@ def watch(events, server, runner, stop):
         if signal.SIGCHLD in news:
             reap_orphans()
         if ProcessEvents.TURN in news and not stopping:
-            notify("STATUS=Running turn %d" % runner.latest if runner.is_running()
-                   else "STATUS=Idle")
+            notify("STATUS=" + service_status(app))
         if interval and time.monotonic() - server.last_look < WATCHDOG_LIMIT:
             notify("WATCHDOG=1")
 
@@ -3553,7 +3601,7 @@ def _check_port(settings):
     except OSError as error:
         problem = error.strerror or str(error)
     try:
-        with socket.create_connection((settings.host or "localhost", settings.port), 5) as sock:
+        with socket.create_connection((settings.host or "127.0.0.1", settings.port), 2) as sock:
             sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
             if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
                 return True, "port: an engine answers on %d" % settings.port
@@ -3565,6 +3613,7 @@ def _check_port(settings):
 def main(arguments):
     """The command line; the exit status."""
     start_logging(os.environ, development=False)
+    faulthandler.enable()                   # where it hung, when systemd's watchdog aborts it
     prctl(PR_SET_DUMPABLE, 0)               # nobody of the same user reads our secret or memory
     options = parse_command_line(arguments) if arguments else None
     try:

@@ -352,7 +352,8 @@ EVERYTHING = {
 
 def arguments(tmp_path, body=(), thread_id=None, **env):
     settings = Settings(dict({"HOME": str(tmp_path), "WORKSPACE_HOME": str(tmp_path)}, **env))
-    options = TurnOptions(dict(body), settings).with_files(str(tmp_path / "files"))
+    options = TurnOptions(dict(body), settings)
+    options.write_files(str(tmp_path / "files"))
     return codex_arguments(settings, replicas_engine.Codex("/bin/codex"), options, thread_id)
 
 

@@ -7,6 +7,7 @@ next one begins.  FUZZ_SECONDS says how long; FUZZ_COUNT names a file for the nu
 """
 
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -23,7 +24,8 @@ except ImportError:
     hypothesis = None
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))
-ROUND = 200                         # cases between two looks at the clock
+ROUND = 50                          # requests between two looks at the clock
+RELATIVES = 20                      # cases made of each
 
 
 # The naive reader
@@ -194,7 +196,7 @@ def naive_authority(text):
         reader.expect(b":")
         port = reader.while_in(DIGITS)
         need(reader.peek() < 0 and len(port) <= 5 and int(port or b"0") <= 65535)
-    return host.lower(), int(port or b"0") or 80
+    return host.lower(), int(port) if port else 80
 
 
 def is_ipv6(text):
@@ -325,9 +327,12 @@ def read_by_engine(pieces):
 
 
 def check(data, cuts=()):
+    """Both readers agree on `data`, which comes cut at those places; whether it is a request."""
     edges = [0] + sorted(cut % (len(data) + 1) for cut in cuts) + [len(data)]
     pieces = [data[begin:end] for begin, end in zip(edges, edges[1:])]
-    assert read_by_engine(pieces) == read_naively(data)
+    wanted = read_naively(data)
+    assert read_by_engine(pieces) == wanted, (data, edges)
+    return wanted is not None
 
 
 # What is tried
@@ -344,69 +349,86 @@ FRAGMENTS = [
     b"content-length:5\r\n", b"Content_Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
     b"transfer-encoding:Chunked \r\n", b"Transfer-Encoding: gzip, chunked\r\n",
     b"Transfer-Encoding: \x0bchunked\r\n", b"Transfer-Encoding: chunked,\r\n",
+    b"chunked, identity", b"gzip, chunked", b"xchunked", b"identity", b"\"chunked\"", b"chunked;a",
+    b"[::1]", b"[::ffff:1.2.3.4]:80", b"a@b", b"1:2:3", b"x\r\n",
     b"Expect: 100-continue\r\n", b"Expect: x\r\n", b"X: y\r\n", b"X:\r\n", b" X: y\r\n", b"X-Y: \t",
     b"X_Y: 1\r\n", b": y\r\n", b"5\r\nhello\r\n", b"05;a=b\r\nhello\r\n", b"0\r\n", b"00\r\n",
-    b"0\r\n\r\n", b"5", b"a", b"F\r\n", b"0x5\r\n", b"5 \r\n", b"5;\r\n", b'5;a="b\\"c"\r\nhello\r\n',
-    b'5 ; a = "\xe4;\t"\r\nhello\r\n', b';a', b'="', b'"', b"\\", b"=", b";", b"hello", b"Te: x\r\n",
+    b"0\r\n\r\n", b"5", b"a", b"F\r\n", b"0x5\r\n", b"5 \r\n", b"5;\r\n",
+    b'5;a="b\\"c"\r\nhello\r\n', b'5 ; a = "\xe4;\t"\r\nhello\r\n',
+    b';a', b'="', b'"', b"\\", b"=", b";", b"hello", b"Te: x\r\n",
     b"Trailer-Field: 1\r\n", b"ffffffffffffffff\r\n", b"00000000000000005\r\n", b"-5\r\n", b"5\n",
     b"Content-Length: 1000000000000000000\r\n", b"X: " + b"a" * 5000, b"A: b\r\n" * 60,
     b"x" * 8180, b"\r\n" * 3]
 
 
 def strategies():
+    """Valid requests, and soups, as lists of their parts."""
+    def text(alphabet, **sizes):
+        return st.text(alphabet, **sizes).map(lambda value: value.encode("latin-1"))
+
     fragment = st.sampled_from(FRAGMENTS)
-    soup = st.lists(st.one_of(fragment, st.binary(max_size=4)), max_size=25).map(b"".join)
-    method = st.sampled_from([b"GET", b"POST", b"POST", b"OPTIONS", b"HEAD", b"!#$", b"CONNECT"])
-    target = st.one_of(
-        st.sampled_from([b"/", b"/ping", b"*", b"http://a/b", b"http://a", b"/%7e?%20", b"//"]),
-        st.text("/?:@!$&'()*+,;=-._~aZ09", max_size=9).map(lambda text: b"/" + text.encode()),
-        st.text("/?%:@!$&'()*+,;=-._~aZ09[]\"<>#", min_size=1, max_size=12).map(str.encode))
-    version = st.sampled_from([b"HTTP/1.1"] * 6 + [b"HTTP/1.0", b"HTTP/1.7", b"HTTP/2.0"])
-    host = st.one_of(
-        st.sampled_from([b"Host: a\r\n"] * 8 + [b"", b"HOST:a:80\r\n", b"Host: [::1.2.3.4]\r\n"]),
-        st.text("[]:.0129abf%_-,@", max_size=10).map(lambda t: b"Host: %b\r\n" % t.encode()))
-    value = st.one_of(st.binary(max_size=6), st.text(" \tabc,=\"\\\x80\xff", max_size=8).map(
-        lambda text: text.encode("latin-1")))
-    name = st.text("aX-_.!~09", min_size=1, max_size=5).map(str.encode)
-    field = st.one_of(st.tuples(name, value).map(lambda pair: b"%b:%b\r\n" % pair),
-                      fragment.filter(lambda text: text.endswith(b"\r\n")))
-    good_field = st.tuples(name, st.text(" \tabc,=\"\\\x80\xff", max_size=8)).map(
-        lambda pair: b"%b:%b\r\n" % (pair[0], pair[1].encode("latin-1")))
-    fields = st.one_of(st.lists(good_field, max_size=4), st.lists(field, max_size=2)).map(b"".join)
-    extension = st.one_of(
-        st.just(b""), st.just(b""), st.sampled_from([b";a", b" ; b=c", b';d="\\""']),
-        st.text(" \t;=\"\\ab,\x80", max_size=8).map(
-            lambda text: text.encode("latin-1")))
-    size = st.sampled_from([b"%x", b"%X", b"0%x", b"000%X"])
-    line_end = st.sampled_from([b"\r\n"] * 20 + [b"\n", b"\r", b"", b"x\r\n", b"\r\n\r\n"])
-    chunk = st.tuples(size, st.binary(min_size=1, max_size=20), extension, line_end, line_end).map(
-        lambda item: item[0] % len(item[1]) + item[2] + item[3] + item[1] + item[4])
-    coding = st.sampled_from([b"chunked"] * 12 + [
-        b"Chunked\t", b"xchunked", b"gzip, chunked", b"chunked, identity", b"chunked,", b"\"chunked\"",
-        b"chunked\r\nTransfer-Encoding: chunked", b"chunked\r\nContent-Length: 5", b"chunked;a=b"])
-    chunked = st.tuples(coding, st.lists(chunk, max_size=4).map(b"".join),
-                        st.sampled_from([b"0", b"0", b"00", b"0;a"]), fields, line_end, soup).map(
-        lambda item: b"Transfer-Encoding: %b\r\n\r\n%b%b\r\n%b%b%b" % item)
-    shift = st.sampled_from([0] * 8 + [-1, 1])
-    plain = st.tuples(shift, st.binary(max_size=20), soup).map(
-        lambda item: b"Content-Length: %d\r\n\r\n%b%b"
-        % (item[0] + len(item[1]), item[1], item[2]))
-    none = soup.map(lambda rest: b"\r\n" + rest)
-    request = st.tuples(st.sampled_from([b""] * 5 + [b"\r\n", b"\r\n\r\n"]), method, target,
-                        version, host, fields, st.one_of(chunked, plain, none)).map(
-        lambda item: b"%b%b %b %b\r\n%b%b%b" % item)
-    mutated = st.builds(mutate, request, st.lists(
-        st.tuples(st.integers(0, 2000), st.integers(0, 2),
-                  st.one_of(st.binary(max_size=1), fragment)), min_size=1, max_size=3))
-    return (st.one_of(request, request, mutated, mutated, soup),
-            st.one_of(st.just([]), st.lists(st.integers(0, 3000), max_size=8)))
+    soup = st.lists(st.one_of(fragment, st.binary(max_size=4)), max_size=25)
+    start = st.tuples(
+        st.sampled_from([b"", b"", b"\r\n", b"\r\n\r\n"]),
+        st.sampled_from([b"GET", b"POST", b"OPTIONS", b"HEAD", b"!#$%&'*+-.^_`|~"]), st.just(b" "),
+        st.one_of(text("/?:@!$&'()*+,;=-._~aZ09", max_size=9).map(lambda path: b"/" + path),
+                  st.sampled_from([b"/%7e?%20", b"http://a", b"HTTP://A:80/b?c", b"//"])),
+        st.just(b" "), st.sampled_from([b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.7"]), st.just(b"\r\n"),
+        st.sampled_from([b"Host:", b"host:"]),
+        st.sampled_from([b"a", b" a:80 ", b"\tA:080", b"a:"]), st.just(b"\r\n")).map(list)
+    field = st.tuples(text("aX-_.!~09", min_size=1, max_size=5), st.just(b":"),
+                      text(" \tabc,=\"\\\x80\xff", max_size=8), st.just(b"\r\n"))
+    fields = st.lists(field, max_size=4).map(flat)
+    extensions = st.lists(
+        st.sampled_from([b";a", b" ; b\t=c", b';d="\\""', b';e="\xe4\t;" ; f']),
+        max_size=2).map(flat)
+    data = st.binary(min_size=1, max_size=20)
+    chunk = st.builds(
+        lambda size, data, extensions: [size % len(data), *extensions, b"\r\n", data, b"\r\n"],
+        st.sampled_from([b"%x", b"%X", b"0%x", b"000%X"]), data, extensions)
+    chunked = st.builds(
+        lambda coding, chunks, last, extensions, trailers:
+            [b"Transfer-Encoding:", coding, b"\r\n", b"\r\n", *flat(chunks), last, *extensions,
+             b"\r\n", *trailers, b"\r\n"],
+        st.sampled_from([b"chunked", b" Chunked\t"]), st.lists(chunk, max_size=4),
+        st.sampled_from([b"0", b"00"]), extensions, fields)
+    plain = data.map(
+        lambda data: [b"Content-Length:", b" %d" % len(data), b"\r\n", b"\r\n", data])
+    framed = st.one_of(chunked, plain, st.just([b"\r\n"]))
+    request = st.tuples(start, fields, framed, soup).map(flat)
+    return st.one_of(request, request, request, request, soup), st.integers(0, 2 ** 32)
 
 
-def mutate(request, edits):
-    for place, length, what in edits:
-        place %= len(request) + 1
-        request = request[:place] + what + request[place + length:]
-    return request
+def flat(lists):
+    return [part for parts in lists
+            for part in (parts if isinstance(parts, (list, tuple)) else [parts])]
+
+
+def relatives(parts, seed):
+    """The request and requests like it, and where they are cut on their way."""
+    yield b"".join(parts), []
+    yield b"".join(parts), range(len(b"".join(parts)))
+    chance = random.Random(seed)
+    for _ in range(RELATIVES):
+        changed = list(parts)
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            place = chance.randrange(len(changed) + 1)
+            changed[place:place + 1] = spoil(changed[place:place + 1], chance)
+        data = b"".join(changed)
+        yield data, [chance.randrange(len(data) + 1) for _ in range(chance.choice((0, 1, 5)))]
+
+
+def spoil(part, chance):
+    """Another part in its place, with another, or changed in a byte."""
+    kind = chance.randrange(4)
+    if kind < 2 or not part:
+        return [chance.choice(FRAGMENTS)] + part[kind:]
+    if kind == 2:
+        return chance.choice(([], part * 2))
+    data, place = part[0], chance.randrange(len(part[0]) + 1)
+    byte = chance.choice((b"", bytes([chance.randrange(256)]), bytes([chance.randrange(256)]),
+                          chance.choice((b" ", b"\t", b"\r", b"\n", b"\0", b"_", b"%", b","))))
+    return [data[:place] + byte + data[place + chance.choice((0, 1)):]]
 
 
 def test_naive_reader_reads():
@@ -452,16 +474,16 @@ def test_fuzz():
 
 def fuzz(deadline):
     """Rounds until the deadline: (cases, how many of them were requests)."""
-    data, cuts = strategies()
+    requests, seeds = strategies()
     counts = [0, 0]
 
     @hypothesis.settings(max_examples=ROUND, deadline=None, database=None, print_blob=True,
                          suppress_health_check=list(hypothesis.HealthCheck))
-    @hypothesis.given(data, cuts)
-    def one_round(data, cuts):
-        counts[0] += 1
-        counts[1] += read_naively(data) is not None
-        check(data, cuts)
+    @hypothesis.given(requests, seeds)
+    def one_round(parts, seed):
+        for data, cuts in relatives(parts, seed):
+            counts[0] += 1
+            counts[1] += check(data, cuts)
 
     while True:
         one_round()

@@ -57,7 +57,7 @@ def test_a_turn_and_its_stream(served, tmp_path):
 
 def test_a_turn_that_outlived_its_server_is_ended_by_the_next(served, make_engine):
     served.start_turn(script({"thread": "new"}, {"sleep": 60}))
-    codex = served.calls()[0]["pid"]
+    codex = wait_for(served.calls)[0]["pid"]
     for pid in harness.processes_with("REPLICAS_ENGINE_STATE", served.state):
         os.kill(pid, signal.SIGKILL)        # gunicorn's worker too; Codex hasn't this variable
     served.process.wait()

@@ -385,8 +385,9 @@ REFUSED = (
              ["data:application/octet-stream;base64,AAAA"], ["data:;base64,iVBORw0KGgo="]],
             "images", "number 1: must begin with data:image/<type>;base64,")
     + wrong([["data:image/png;base64," + garbage] for garbage in (
-        "!!!!", "iVBORw0KGgo", "iVBORw0KGgo=\n", "iVBORw0K Ggo=", "iVBORw0KGgo=é", "=", "%69",
+        "!!!!", "iVBORw0KGgo", "iVBORw0KGgo=\n", "iVBORw0K Ggo=", "iVBORw0KGgo=é", "%69",
         "iVBORw0KGgo=====x", "_-_-")], "images", "number 1: is not base64")
+    + wrong([["data:image/png;base64,="]], "images", "number 1: is no")     # either, by version
     + wrong([["in.png"] * 101], "images", "must be at most 100"))
 
 
@@ -512,6 +513,12 @@ def test_images_of_the_workspace_have_the_bodys_limit_together(make_engine):
     assert "number 1: makes more than 100000 bytes" in refusal(engine, images=["sparse"])
     engine.send("hello", images=["half", "half"])
     engine.send("hello", images=["most"])
+
+
+def test_images_need_a_state_directory_without_a_comma(make_engine):
+    engine = make_engine("state, with a comma")
+    assert "REPLICAS_ENGINE_STATE" in refusal(engine, images=[data_url(PNG)])
+    engine.send("hello", images=[], output_schema=SCHEMA)
 
 
 def test_as_many_images_as_there_may_be(shared):

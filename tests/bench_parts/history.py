@@ -11,9 +11,10 @@ import tempfile
 import threading
 import time
 
-from harness import Engine, script
+from harness import SECRET, Engine, script
 
 MB = 1024 * 1024
+HEADERS = {"X-Replicas-Engine-Secret": SECRET}
 BARE_LOOP = """
 import json, sys, time
 begin = time.perf_counter()
@@ -49,9 +50,10 @@ def write_rollout(path, size, long_line=3 * MB):
                 {"type": "function_call_output", "call_id": "call_%d" % n,
                  "output": json.dumps({"output": text(length), "metadata": {"exit_code": 0}})},
                 {"type": "reasoning", "summary": [], "encrypted_content": "gAAAAA" * (length // 6)})
-            samples += [json.dumps({"timestamp": stamp, "type": "response_item", "payload": payload},
-                                   ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-                        for payload in payloads]
+            for payload in payloads:
+                line = {"timestamp": stamp, "type": "response_item", "payload": payload}
+                samples.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode()
+                               + b"\n")
     with open(path, "wb") as file:
         while file.tell() < size // 2:
             file.write(random.choice(samples))
@@ -87,8 +89,7 @@ def small_answers(engine, query, times=50):
     took = []
     for _ in range(times):
         begin = time.perf_counter()
-        connection.request("GET", "/codex/history" + query,
-                           headers={"X-Replicas-Engine-Secret": engine.env["REPLICAS_ENGINE_SECRET"]})
+        connection.request("GET", "/codex/history" + query, headers=HEADERS)
         connection.getresponse().read()
         took.append(time.perf_counter() - begin)
     connection.close()
@@ -100,8 +101,7 @@ def p99_of_pings(engine, condition):
     connection, took = engine.connect(), []
     while condition():
         begin = time.perf_counter()
-        connection.request("GET", "/ping",
-                           headers={"X-Replicas-Engine-Secret": engine.env["REPLICAS_ENGINE_SECRET"]})
+        connection.request("GET", "/ping", headers=HEADERS)
         connection.getresponse().read()
         took.append(time.perf_counter() - begin)
     connection.close()

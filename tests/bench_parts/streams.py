@@ -43,6 +43,7 @@ for number in range(int(count)):
         block = []
         time.sleep(pause)
 out.write(b"".join(block) + b'{"type":"turn.completed","usage":{}}\\n')
+out.flush()
 """
 
 # The loop that a relay is held against: it reads the same pipe and knows what every event is.
@@ -169,7 +170,7 @@ def start(bench):
                               stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             bare = time.perf_counter() - begin
-            process.stdin.close()
+            process.communicate()
         begin = time.perf_counter()
         with bench.request("POST /codex/send", b'{"message":"x"}') as sock:
             data = b""
@@ -182,7 +183,7 @@ def start(bench):
 
 
 def bare_memory():
-    with subprocess.Popen([sys.executable, "-c", IMPORTS + "; print(flush=True); input()"],
+    with subprocess.Popen([sys.executable, "-c", IMPORTS + "; print(flush=True); open(0).read()"],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         size = resident(process.pid)

@@ -1,0 +1,545 @@
+"""Turns: started once, stopped, given up, found again and forgotten."""
+
+import glob
+import json
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+import conftest
+import harness
+from harness import check_stream, is_alive, read_events, script, wait_for
+from test_processes import model, zombies_of  # noqa: F401 (the fixture)
+
+BEGIN = {"thread": "resume"}
+HANG = {"sleep": 120}
+
+
+def at_once(count, function):
+    """What `count` threads get that call `function` at the same moment, with their number."""
+    results, barrier = [None] * count, threading.Barrier(count)
+
+    def work(number):
+        barrier.wait()
+        results[number] = function(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def keyed(engine, key, message, prefer=None, **options):
+    headers = {"Idempotency-Key": key}
+    if prefer:
+        headers["Prefer"] = prefer
+    return engine.request("POST", "/codex/send", dict(options, message=message), headers)
+
+
+# Idempotency-Key
+
+def test_the_same_key_twenty_times_at_once(engine):
+    message = script(BEGIN, {"count": {"n": 20, "pause": 0.01}}, {"complete": True})
+    for turn in range(1, 6):
+        answers = at_once(20, lambda number: keyed(engine, "key %d" % turn, message))
+        assert [answer.status for answer in answers] == [200] * 20
+        streams = [check_stream(answer.events()) for answer in answers]
+        assert all(stream == streams[0] for stream in streams)
+        assert len(engine.calls()) == turn
+
+
+@pytest.mark.parametrize("stop", ["restart", "kill"])
+def test_a_key_after_its_turn_and_across_a_restart(engine, stop):
+    message = script(BEGIN, {"count": {"n": 3}}, {"complete": True})
+    first = check_stream(keyed(engine, "a", message).events())
+    assert keyed(engine, "a", message).events() == first
+    engine.send("Another one")
+    hanging = engine.request("POST", "/codex/send", {"message": script(BEGIN, HANG)},
+                             {"Idempotency-Key": "b", "Prefer": "respond-async"}).json()["turn_id"]
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    engine.kill() if stop == "kill" else engine.stop()
+    engine.start()
+    answers = at_once(20, lambda number: keyed(engine, "a", message))
+    assert all(answer.status == 200 and answer.events() == first for answer in answers)
+    ended = check_stream(keyed(engine, "b", script(BEGIN, HANG)).events())
+    assert ended == engine.events(hanging)
+    assert ended[-2].json()["error"]["code"] == (
+        "engine_restarted" if stop == "kill" else "shutdown")
+    assert len(engine.calls()) == 3
+
+
+def test_a_key_with_another_body(engine):
+    first = keyed(engine, "a", "Hello")
+    for answer in (keyed(engine, "a", "Hello!"), keyed(engine, "a", "Hello", model="x")):
+        assert answer.status == 422 and "turn 1" in answer.json()["details"]
+    assert keyed(engine, "a", "Hello").events() == first.events()
+    engine.restart()
+    assert keyed(engine, "a", "Hello!").status == 422
+    assert len(engine.calls()) == 1
+
+
+def test_a_key_while_another_turn_runs(engine):
+    keyed(engine, "a", "Hello")
+    engine.start_turn(script(BEGIN, HANG))
+    assert keyed(engine, "a", "Hello").status == 200
+    assert keyed(engine, "b", "Hello").status == 409
+    engine.post("/codex/interrupt")
+    assert keyed(engine, "b", "Hello").status == 200
+
+
+def test_the_key_of_a_turn_that_could_not_start_is_free(make_engine, tmp_path):
+    codex = tmp_path / "codex"
+    engine = make_engine(CODEX_PATH=str(codex))
+    answers = at_once(10, lambda number: keyed(engine, "a", "Hello"))
+    assert [answer.status for answer in answers] == [503] * 10
+    codex.write_text("#!/no/such/interpreter\n")
+    codex.chmod(0o755)
+    answers = at_once(10, lambda number: keyed(engine, "a", "Hello"))
+    assert {answer.status for answer in answers} <= {409, 503}
+    codex.unlink()
+    codex.symlink_to(harness.STAND_IN_CODEX)
+    answer = keyed(engine, "a", "Another body")
+    assert answer.status == 200 and check_stream(answer.events())[0].id == "1.1"
+
+
+def test_the_key_of_a_turn_that_is_no_longer_kept_is_free(few_turns):
+    engine = few_turns(turns=2)
+    keyed(engine, "a", "Hello")
+    for _ in range(3):
+        engine.send("Hello")
+    answer = keyed(engine, "a", "Another body")
+    assert check_stream(answer.events())[0].id == "5.1"
+
+
+def test_respond_async(engine, tmp_path):
+    go_on = str(tmp_path / "go-on")
+    message = script(BEGIN, {"wait_for": go_on}, {"complete": True})
+    answer = keyed(engine, "a", message, prefer="respond-async")
+    assert answer.status == 202 and answer.headers["Preference-Applied"] == "respond-async"
+    assert answer.json() == {"turn_id": 1, "thread_id": None, "status": "running"}
+    assert keyed(engine, "a", message, prefer="wait=5, Respond-Async").status == 202
+    open(go_on, "w").close()
+    thread = check_stream(engine.events(1))[0].json()["thread_id"]
+    assert keyed(engine, "a", message, prefer="respond-async").json() == {
+        "turn_id": 1, "thread_id": thread, "status": "completed"}
+    assert engine.request("POST", "/codex/send", {"message": "Hello"},
+                          {"Prefer": "respond-async"}).json()["thread_id"] == thread
+    assert engine.wait_for_turn()["id"] == 2
+
+
+# Interrupt and reset
+
+def test_an_interrupt_while_idle(engine):
+    nothing = {"success": True, "interrupted": False, "turn_id": None}
+    assert engine.post("/codex/interrupt").json() == nothing
+    engine.send("Hello")
+    assert engine.post("/codex/interrupt").json() == nothing
+
+
+def test_ten_interrupts_at_once(engine):
+    for _ in range(3):
+        turn = engine.start_turn(script(BEGIN, HANG))
+        codex = wait_for(engine.calls)[-1]["pid"]
+        wait_for(lambda: engine.status()["turn"]["last_event_id"])
+        answers = at_once(10, lambda number: (engine.post("/codex/interrupt").json(),
+                                              is_alive(codex)))
+        assert {answer["interrupted"] for answer, _ in answers} <= {True, False}
+        assert (True, turn) in [(a["interrupted"], a["turn_id"]) for a, _ in answers]
+        assert not any(alive for _, alive in answers)
+        check_stream(engine.events(turn))
+
+
+def test_an_interrupt_while_a_turn_starts(engine):
+    """At any moment: the turn is interrupted, or was not there yet."""
+    for moment in range(30):
+        sender = threading.Thread(target=engine.post, args=(
+            "/codex/send", {"message": script(BEGIN, HANG)}))
+        sender.start()
+        time.sleep(moment * 0.001)
+        wait_for(lambda: engine.post("/codex/interrupt").json()["interrupted"])
+        sender.join()
+        events = check_stream(engine.events())
+        assert events[-2].json()["error"]["code"] == "interrupted"
+    assert engine.send("Hello")[-2].type == "turn.completed"
+    assert len(glob.glob(os.path.join(engine.state, "turns", "*"))) == 31
+
+
+def test_a_reset_racing_with_the_thread(engine, tmp_path):
+    """Whatever the old turn still prints, its thread does not come back."""
+    threads = set()
+    for moment in range(100):
+        go_on = str(tmp_path / ("go-on-%d" % moment))
+        turn = engine.start_turn(script({"wait_for": go_on}, BEGIN, {"count": {"n": 30}}, HANG))
+        open(go_on, "w").close()
+        time.sleep(moment % 10 * 0.001)
+        assert engine.post("/codex/reset").status == 200
+        assert engine.status()["thread_id"] is None
+        events = check_stream(engine.events(turn))
+        assert events[-2].json()["error"]["code"] == "interrupted"
+        threads |= {event.json()["thread_id"] for event in events if event.type == "thread.started"}
+    with open(os.path.join(engine.state, "thread.json"), encoding="utf-8") as file:
+        assert json.load(file) == {"thread_id": None}
+    assert engine.send("Hello")[0].json()["thread_id"] not in threads
+    assert all("resume" not in call["argv"] for call in engine.calls())
+
+
+def test_sends_resets_and_interrupts_at_once(engine):
+    """Nothing hangs, no stream is without its ending, and no Codex stays."""
+    message = script(BEGIN, {"count": {"n": 30, "pause": 0.005}}, {"complete": True})
+
+    def work(number):
+        for _ in range(10):
+            if number < 4:
+                answer = engine.post("/codex/send", {"message": message})
+                assert answer.status in (200, 409)
+                if answer.status == 200:
+                    check_stream(answer.events())
+            else:
+                time.sleep(0.02 * number)
+                path = "/codex/reset" if number % 2 else "/codex/interrupt"
+                assert engine.post(path).status == 200
+        return True
+
+    assert all(at_once(7, work))
+    engine.post("/codex/interrupt")
+    assert not any(is_alive(call["pid"]) for call in engine.calls())
+    check_stream(engine.send("Hello"))
+
+
+# A thread that is lost
+
+@pytest.mark.parametrize("version", ["0.169.0", "0.50.0"])
+def test_a_lost_thread(make_engine, version):
+    engine = make_engine(STAND_IN_CODEX_VERSION=version)
+    lost = engine.send("Hello")[0].json()["thread_id"]
+    os.unlink(engine.status()["session_file"])
+    events = engine.send("Are you there?")
+    assert [event.type for event in events].count("thread.started") == 1
+    assert events[-2].type == "turn.completed"
+    thread = events[0].json()["thread_id"]
+    assert thread != lost and engine.status()["thread_id"] == thread
+    assert "Are you there?" in events[2].json()["item"]["text"]
+    assert engine.send("And again")[0].json()["thread_id"] == thread
+
+
+def test_a_lost_thread_of_the_real_codex(make_engine, model):  # noqa: F811
+    codex = harness.codex_program("0.169.0")
+    if codex is None:
+        conftest.unavailable("Codex 0.169.0 is not installed: see tests/run")
+    engine = make_engine(start=False, CODEX_PATH=codex, CODEX_API_KEY="a key")
+    model(engine.codex_home)
+    engine.start()
+    lost = engine.send("model: say Hello.")[0].json()["thread_id"]
+    wait_for(lambda: engine.status()["session_file"])
+    engine.restart()
+    for path in glob.glob(os.path.join(engine.codex_home, "**", "rollout-*"), recursive=True):
+        os.unlink(path)
+    events = engine.send("model: say I am here.")
+    assert [event.type for event in events].count("thread.started") == 1
+    assert events[0].json()["thread_id"] != lost
+    assert "I am here." in [event.json()["item"].get("text") for event in events
+                            if event.type == "item.completed"]
+    assert events[-2].type == "turn.completed"
+
+
+def test_an_interrupt_while_a_lost_thread_is_replaced(make_engine):
+    engine = make_engine()
+    engine.send("Hello")
+    os.unlink(engine.status()["session_file"])
+    for moment in range(15):
+        turn = engine.start_turn(script(BEGIN, HANG))
+        time.sleep(moment * 0.01)
+        assert engine.post("/codex/interrupt").json()["turn_id"] == turn
+        assert check_stream(engine.events(turn))[-2].json()["error"]["code"] == "interrupted"
+        assert not any(is_alive(call["pid"]) for call in engine.calls())
+
+
+# Turns that take too long
+
+ITEM = {"id": "item_0", "type": "command_execution", "command": "make", "status": "in_progress"}
+
+
+def test_a_turn_that_stalls(make_engine):
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="1")
+    events = engine.send(script(BEGIN, HANG))
+    assert [event.type for event in events] == ["thread.started", "error", "turn.failed", "done"]
+    assert events[2].json()["error"]["code"] == "stalled"
+    assert "1 seconds" in events[2].json()["error"]["message"]
+    assert engine.status()["turn"]["status"] == "failed"
+    assert not is_alive(engine.calls()[-1]["pid"])
+    engine.send(script(BEGIN, {"count": {"n": 8, "pause": 0.3}}, {"complete": True}))
+
+
+def test_an_item_in_progress_holds_off_the_stall(make_engine):
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="1")
+    events = engine.send(script(
+        BEGIN, {"event": {"type": "item.started", "item": ITEM}}, {"sleep": 2.5},
+        {"event": {"type": "item.completed", "item": ITEM}}, {"complete": True}))
+    assert events[-2].type == "turn.completed"
+    events = engine.send(script(
+        BEGIN, {"event": {"type": "item.started", "item": ITEM}},
+        {"event": {"type": "item.completed", "item": ITEM}}, HANG))
+    assert events[-2].json()["error"]["code"] == "stalled"
+    todo = dict(ITEM, type="todo_list")
+    events = engine.send(script(BEGIN, {"event": {"type": "item.started", "item": todo}}, HANG))
+    assert events[-2].json()["error"]["code"] == "stalled"
+
+
+def test_no_stall_where_none_is_wanted(make_engine):
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="0")
+    assert engine.send(script({"sleep": 1.5}, BEGIN, {"complete": True}))[-2].type == (
+        "turn.completed")
+
+
+def test_a_turn_that_takes_too_long(make_engine):
+    engine = make_engine(REPLICAS_ENGINE_TURN_TIMEOUT="1")
+    events = engine.send(script(BEGIN, {"event": {"type": "item.started", "item": ITEM}},
+                                {"count": {"n": 5000, "pause": 0.01}}))
+    assert events[-2].json()["error"]["code"] == "timeout"
+    assert not is_alive(engine.calls()[-1]["pid"])
+    assert engine.send("Hello")[-2].type == "turn.completed"
+
+
+@pytest.mark.parametrize("steps", [
+    [{"sleep": 120}], [{"ignore": ["SIGINT", "SIGTERM"]}, {"sleep": 120}],
+    [{"close_stdout": True}, {"sleep": 120}],
+    [{"spawn": {"argv": ["sleep", "0.1"]}}, {"sleep": 120}]])
+def test_codex_that_does_not_exit(constants, steps):
+    engine = constants(EXIT_PATIENCE=0.5)
+    events = engine.send(script(BEGIN, {"complete": True}, *steps))
+    assert [event.type for event in events] == ["thread.started", "turn.completed", "done"]
+    assert not is_alive(engine.calls()[-1]["pid"])
+
+
+def test_codex_that_closes_its_stdout(make_engine, tmp_path):
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="1")
+    events = engine.send(script(BEGIN, {"close_stdout": True}, HANG))
+    assert events[-2].json()["error"]["code"] == "stalled"
+
+
+def test_a_process_that_holds_codexs_stdout(engine):
+    """The turn ends with Codex, whoever still has its pipe."""
+    server = {"spawn": {"argv": ["sleep", "100"], "stdout": "inherit",
+                        "pidfile": os.path.join(engine.folder, "pids")}}
+    events = engine.send(script(BEGIN, server, {"complete": True}))
+    assert events[-2].type == "turn.completed"
+    with open(os.path.join(engine.folder, "pids"), encoding="ascii") as file:
+        pid = int(file.read())
+    assert is_alive(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+# Kept turns
+
+DRIVER = """\
+import sys
+sys.path.insert(0, %(root)r)
+import replicas_engine
+for pair in sys.argv[1:]:
+    name, _, value = pair.partition("=")
+    assert hasattr(replicas_engine, name)
+    setattr(replicas_engine, name, float(value))
+sys.exit(replicas_engine.main([]))
+"""
+
+
+@pytest.fixture
+def constants(make_engine, tmp_path, monkeypatch):
+    """Start an engine with other values for some of the module's constants."""
+    def make(env=None, **values):
+        driver = tmp_path / "driver.py"
+        driver.write_text(DRIVER % {"root": harness.ROOT})
+        words = ["%s=%r" % pair for pair in values.items()]
+        wrapper = tmp_path / "wrapper.py"
+        wrapper.write_text("import os, sys\nos.execv(sys.executable, [sys.executable, '-W', "
+                           "'error', %r] + %r)\n" % (str(driver), words))
+        monkeypatch.setattr(harness, "MODULE", str(wrapper))
+        return make_engine(**(env or {}))
+    return make
+
+
+@pytest.fixture
+def few_turns(constants):
+    return lambda turns=10 ** 6, size=10 ** 12: constants(KEPT_TURNS=turns, KEPT_BYTES=size)
+
+
+def kept(engine):
+    return sorted(int(name[:-4]) for name in os.listdir(os.path.join(engine.state, "turns")))
+
+
+def test_the_constants():
+    import replicas_engine
+    assert replicas_engine.KEPT_TURNS == 100
+    assert replicas_engine.KEPT_BYTES == 256 * 1024 * 1024
+
+
+def test_kept_turns_by_number(few_turns, tmp_path):
+    engine = few_turns(turns=5)
+    for turn in range(1, 9):
+        engine.send("Hello")
+        wait_for(lambda: kept(engine) == list(range(max(1, turn - 4), turn + 1)))
+    for turn in range(1, 9):
+        answer = engine.get("/codex/events?turn=%d" % turn)
+        assert answer.status == (200 if turn > 3 else 404)
+    go_on = str(tmp_path / "go-on")
+    running = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"complete": True}))
+    assert engine.get("/codex/events?turn=4").status == 200     # until the turn has ended
+    open(go_on, "w").close()
+    check_stream(engine.events(running))
+    wait_for(lambda: kept(engine) == [5, 6, 7, 8, 9])
+    engine.restart()
+    assert kept(engine) == [5, 6, 7, 8, 9]
+    assert engine.send("Hello")[0].id == "10.1"
+
+
+def test_kept_turns_by_size(few_turns):
+    """Whole turns, the oldest first; the newest stays however large it is."""
+    engine = few_turns(size=100000)
+    large = script(BEGIN, {"big": {"size": 30000}}, {"complete": True})
+    for turn in range(1, 6):
+        engine.send(large)
+        wait_for(lambda: kept(engine) == list(range(max(1, turn - 2), turn + 1)))
+        assert all(check_stream(engine.events(known)) for known in kept(engine))
+    engine.send(script(BEGIN, {"big": {"size": 200000}}, {"complete": True}))
+    wait_for(lambda: kept(engine) == [6])
+    engine.send("Hello")
+    wait_for(lambda: kept(engine) == [7])
+
+
+def test_kept_turns_at_the_start(make_engine, constants):
+    engine = make_engine()
+    for _ in range(6):
+        engine.send("Hello")
+    engine.stop()
+    engine = constants(KEPT_TURNS=2)
+    wait_for(lambda: kept(engine) == [5, 6])
+
+
+def test_the_reader_of_a_turn_that_is_no_longer_kept(few_turns):
+    engine = few_turns(turns=1)
+    turn = engine.start_turn(script(BEGIN, {"count": {"n": 400, "size": 50000}},
+                                    {"complete": True}))
+    connection, response = engine.open("GET", "/codex/events?turn=%d" % turn)
+    events = read_events(response)
+    assert next(events).type == "thread.started"
+    engine.wait_for_turn()
+    engine.send("Hello")
+    wait_for(lambda: kept(engine) == [turn + 1])
+    assert engine.get("/codex/events?turn=%d" % turn).status == 404
+    rest = list(events)
+    assert len(rest) == 402 and rest[-1].type == "done"
+    connection.close()
+
+
+# Nothing grows
+
+def resources(engine):
+    """Threads, descriptors, zombies and KiB of memory of the engine."""
+    base = "/proc/%d/" % engine.process.pid
+    with open(base + "status", encoding="ascii") as file:
+        status = dict(line.split(":\t", 1) for line in file if ":\t" in line)
+    return (int(status["Threads"]), len(os.listdir(base + "fd")),
+            len(zombies_of(engine.process.pid)), int(status["RssAnon"].split()[0]))
+
+
+def settled(engine, threads, descriptors):
+    """The memory once threads and descriptors are no more than they were."""
+    def look():
+        now = resources(engine)
+        return now if now[0] <= threads and now[1] <= descriptors and not now[2] else None
+    return wait_for(look, "threads and descriptors to go")[3]
+
+
+def stream_head(engine, turn):
+    return ("GET /codex/events?turn=%d HTTP/1.1\r\nHost: x\r\nX-Replicas-Engine-Secret: %s\r\n\r\n"
+            % (turn, harness.SECRET)).encode()
+
+
+def test_a_thousand_clients_come_and_go(engine, tmp_path):
+    go_on = str(tmp_path / "go-on")
+    turn = engine.start_turn(script(BEGIN, {"count": {"n": 50}}, {"wait_for": go_on},
+                                    {"complete": True}))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"] == "%d.51" % turn)
+
+    def cycles(count):
+        for _ in range(count):
+            with socket.create_connection(("127.0.0.1", engine.port)) as sock:
+                sock.sendall(stream_head(engine, turn))
+                assert sock.recv(65536)
+
+    cycles(500)                     # until the memory for as many threads at once is there
+    wait_for(lambda: resources(engine)[0] <= 4)
+    threads, descriptors, _, memory = resources(engine)
+    cycles(1000)
+    assert settled(engine, threads, descriptors) < memory + 3000
+    open(go_on, "w").close()
+    check_stream(engine.events(turn))
+
+
+def test_a_hundred_clients_and_one_that_is_dead(engine, tmp_path):
+    go_on = str(tmp_path / "go-on")
+    engine.send("Hello")
+    wait_for(lambda: resources(engine)[0] <= 3)
+    threads, descriptors, _, memory = resources(engine)
+    turn = engine.start_turn(script(BEGIN, {"wait_for": go_on},
+                                    {"count": {"n": 300, "size": 20000}}, {"complete": True}))
+    dead = socket.create_connection(("127.0.0.1", engine.port))
+    dead.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    dead.sendall(stream_head(engine, turn))
+    clients = [engine.open("GET", "/codex/events?turn=%d" % turn) for _ in range(100)]
+    open(go_on, "w").close()
+    streams = at_once(100, lambda number: harness.parse_events(clients[number][1].read()))
+    assert all(len(check_stream(stream)) == 303 for stream in streams)
+    for connection, _ in clients:
+        connection.close()
+    assert engine.status()["turn"]["status"] == "completed"
+    dead.close()
+    del streams
+    assert settled(engine, threads, descriptors) < memory + 16000
+
+
+SMALL_CODEX = """\
+#!/bin/sh
+cat > /dev/null
+[ "$1" = --version ] && echo codex-cli 0.169.0 && exit
+echo '{"type":"thread.started","thread_id":"019a1caa-bceb-7731-b607-e9d22c1933a5"}'
+echo '{"type":"item.completed","item":{"id":"item_0","type":"agent_message","text":"Hello"}}'
+(sleep 0.01 &)
+[ $(($$ % 5)) = 0 ] && exit 3
+echo '{"type":"turn.completed","usage":{}}'
+"""
+
+
+def test_many_turns_in_a_row(make_engine, tmp_path):
+    """REPLICAS_TEST_TURNS says how many; what must not grow is measured after half of them."""
+    codex = tmp_path / "codex"
+    codex.write_text(SMALL_CODEX)
+    codex.chmod(0o755)
+    engine = make_engine(CODEX_PATH=str(codex))
+    count = int(os.environ.get("REPLICAS_TEST_TURNS", 200))
+    connection = engine.connect()
+
+    def turns(first, last):
+        for turn in range(first, last + 1):
+            connection.request("POST", "/codex/send", json.dumps({"message": "x"}), {
+                "X-Replicas-Engine-Secret": harness.SECRET, "Idempotency-Key": "key %d" % turn})
+            response = connection.getresponse()
+            events = check_stream(harness.parse_events(response.read()))
+            assert events[0].id == "%d.1" % turn
+
+    turns(1, count // 2)
+    time.sleep(0.1)
+    threads, descriptors, _, memory = resources(engine)
+    turns(count // 2 + 1, count)
+    after = settled(engine, threads, descriptors)
+    print("%d turns: %d KiB, then %d KiB" % (count, memory, after))
+    assert after < memory + 2000
+    connection.close()
+    wait_for(lambda: len(kept(engine)) == min(count, 100))
+    assert not glob.glob(os.path.join(engine.state, "turns", "*.files"))
