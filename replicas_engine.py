@@ -640,11 +640,13 @@ class TurnLog:
 
     def read(self, offset, limit, file=None):
         """Up to `limit` bytes from `offset` on; b"" at the end of what there is now."""
+        end = min(offset + limit, self.size)
+        if end <= offset:                   # most often so for a reader: no need to ask the kernel
+            return b""
         with contextlib.ExitStack() as stack:
             if file is None:
                 file = stack.enter_context(open(self.path, "rb", buffering=0))
             written, rest = self._tail
-            end = min(offset + limit, self.size)
             data = b""
             if offset < written:
                 data = os.pread(file.fileno(), min(end, written) - offset, offset)
@@ -894,7 +896,7 @@ def process_table():
     """{pid: Process} of all that run, from /proc/<pid>/stat (proc(5)); `started` tells two
     processes apart that had the same pid: clock ticks since the machine's boot."""
     table = {}
-    for name in reversed(os.listdir("/proc")):      # the newest first: they may be the shortest-lived
+    for name in reversed(os.listdir("/proc")):      # the newest first: they may be gone the soonest
         if name.isdigit():
             entry = process(name)
             if entry.started is not None:
@@ -1097,132 +1099,6 @@ def _likely_days(thread_id):
     return ["%04d/%02d/%02d" % day[:3] for day in days]
 
 
-class RolloutReader:
-    """The lines of one rollout, read from any place on, in memory that grows with a line only.
-
-    A line is a str that has a character for each byte (Latin-1): JSON's own characters are ASCII,
-    and so the JSON parser takes no more memory for a line in UTF-8 than the line has bytes.
-    Places are offsets in bytes in the uncompressed text.  `end` is how far the file reached when
-    it was opened (None: compressed, so the end is where it ends); `status` is its os.stat_result.
-    Raises OSError.
-    """
-
-    def __init__(self, path):
-        self.path = path
-        self.file = open(path, "rb", buffering=0)
-        self.status = os.fstat(self.file.fileno())
-        self.end = None if path.endswith(".zst") else self.status.st_size
-        self.position = 0
-        self._stream = self._process = None     # what decompresses it
-
-    def close(self):
-        self._stop_decompressing()
-        self.file.close()
-
-    def seek(self, offset):
-        """Go to `offset`; False if no line begins there."""
-        if self.end is not None:
-            self.position = offset
-            return offset == 0 or (offset <= self.end
-                                   and os.pread(self.file.fileno(), 1, offset - 1) == b"\n")
-        self._decompress()
-        last = b"\n"
-        while self.position < offset and last:
-            last = self._read(min(BLOCK_SIZE, offset - self.position))
-        return last.endswith(b"\n")
-
-    def _decompress(self):
-        """Begin with a compressed file, or begin again."""
-        self._stop_decompressing()
-        self.position = 0
-        self.file.seek(0)
-        try:
-            from compression import zstd                # Python 3.14 and newer
-            self._stream = zstd.open(self.file, "rb")
-            return
-        except ImportError:
-            program = shutil.which("zstd")
-        if program is None:
-            raise HTTPError(500, "The rollout is compressed",
-                            "%s: install the program zstd (apt-get install zstd) to read it"
-                            % self.path)
-        # No other variable: whatever the agent may look into doesn't hold the secret.
-        self._process = start_process([program, "-dcq"], env={MARK: "engine"}, stdin=self.file,
-                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self._stream = self._process.stdout
-
-    def _stop_decompressing(self):
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-        if self._stream:
-            self._stream.close()
-        self._stream = self._process = None
-
-    def _read(self, size):
-        if self.end is None:
-            data = self._stream.read(size)
-            if not data and self._process and self._process.wait():
-                raise OSError(errno.EIO, "zstd can't decompress it", self.path)
-        else:
-            data = os.pread(self.file.fileno(), min(size, self.end - self.position), self.position)
-        self.position += len(data)
-        return data
-
-    def blocks(self):
-        """Lists of whole lines, without their LF, from here on; a long line comes alone.  A last
-        line that has no LF yet is still being written and left out."""
-        pieces = []
-        while True:
-            lines = self._read(_block_size(pieces)).decode("latin-1").split("\n")
-            if lines == [""]:
-                return
-            pieces.append(lines[0])
-            if len(lines) > 1:
-                lines[0], pieces = "".join(pieces), [lines.pop()]
-                if len(lines[0]) > BLOCK_SIZE:
-                    yield [lines.pop(0)]
-                yield lines
-
-    def tail(self, count):
-        """Where the last `count` lines of JSON begin."""
-        if self.end is not None:
-            return self._tail_backwards(count)
-        self.seek(0)
-        offsets, end = collections.deque(maxlen=count), 0
-        for lines in self.blocks():
-            for line in lines:
-                if json_line(line):
-                    offsets.append(end)
-                end += len(line) + 1
-        return offsets[0] if offsets else end
-
-    def _tail_backwards(self, count):
-        done = _rfind(self.file, b"\n", self.end) + 1       # lines from `done` on are seen
-        begin, pieces = done - 1, []
-        while count and begin > 0:
-            size = min(_block_size(pieces), begin)
-            begin = self.position = begin - size
-            data = (b"" if begin else b"\n") + self._read(size)
-            *lines, last = data.decode("latin-1").split("\n")
-            pieces.insert(0, last)
-            if lines:
-                lines.append("".join(pieces))
-                pieces = [lines.pop(0)]
-                for line in reversed(lines):
-                    done -= len(line) + 1
-                    count -= json_line(line) is not None
-                    if not count:
-                        break
-        return done
-
-
-def _block_size(pieces):
-    """How much to read on: within a long line more, since many small pieces, freed, would leave
-    malloc with memory in which its next copy doesn't fit."""
-    return BLOCK_SIZE if len(pieces) < 2 else 4 * BLOCK_SIZE
-
-
 BOM = "\xef\xbb\xbf"                       # the byte order mark in UTF-8, as Latin-1
 
 
@@ -1245,6 +1121,111 @@ def _check_utf8(text):
     for begin in range(0, len(text), BLOCK_SIZE):
         decoder.decode(text[begin:begin + BLOCK_SIZE].encode("latin-1"))
     decoder.decode(b"", final=True)
+
+
+def _decompress(path, packed, file):
+    """Write the text of the open file `packed`, which is the one at `path`, into `file`."""
+    try:
+        from compression import zstd                        # Python 3.14 and newer
+        with zstd.open(packed) as text:
+            shutil.copyfileobj(text, file, BLOCK_SIZE)
+        file.flush()
+        return
+    except ImportError:
+        program = shutil.which("zstd")
+    except (EOFError, zstd.ZstdError) as error:
+        raise OSError(errno.EIO, str(error), path) from None
+    if program is None:
+        raise HTTPError(500, "The rollout is compressed",
+                        "%s: install the program zstd (apt-get install zstd) to read it" % path)
+    # No variable but the mark: the agent may look into its environment, and gets no secret there.
+    status = start_process([program, "-dcq"], stdin=packed, stdout=file,
+                           stderr=subprocess.DEVNULL, env={MARK: "engine"}).wait()
+    if status:
+        raise OSError(errno.EIO, "zstd can't decompress it: exit status %d" % status, path)
+
+
+class RolloutReader:
+    """The lines of one rollout, read from any place on, in memory that grows with a line only.
+
+    A line is a str that has a character for each byte (Latin-1): JSON's own characters are ASCII,
+    and so the JSON parser takes no more memory for a line in UTF-8 than the line has bytes.
+    Places are offsets in bytes in the uncompressed text, which reached as far as `end` when it was
+    opened; `status` is the os.stat_result of the file at `path`.  Raises OSError.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.file = open(path, "rb", buffering=0)
+        self.status = os.fstat(self.file.fileno())
+        self.position = 0
+        self.end = self.status.st_size
+
+    def close(self):
+        self.file.close()
+
+    def decompress(self):
+        """Go on with the text of a compressed one, before anything is read of it.
+
+        It goes into a file without a name in the same folder: so any place of it can be gone to,
+        it need not fit into memory, and it is known to be whole before it is sent.
+        """
+        if self.path.endswith(".zst"):
+            import tempfile                 # seldom needed, and not cheap
+            with self.file as packed:
+                self.file = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
+                _decompress(self.path, packed, self.file)
+            self.end = os.fstat(self.file.fileno()).st_size
+
+    def seek(self, offset):
+        """Go to `offset`; False if no line begins there."""
+        self.position = offset
+        return offset == 0 or (offset <= self.end and self._text(offset - 1, 1) == "\n")
+
+    def _text(self, begin, size):
+        size = min(size, self.end - begin)
+        return os.pread(self.file.fileno(), size, begin).decode("latin-1")
+
+    def blocks(self):
+        """Lists of whole lines, without their LF, from here on; one longer than a block is alone.
+        A last line that has no LF yet is still being written and left out."""
+        while True:
+            text = self._text(self.position, BLOCK_SIZE)
+            size = text.rfind("\n")
+            if size < 0:
+                size = self._line_size()
+                if size is None:
+                    return
+                yield [self._text(self.position, size)]     # read at once: memory in one piece
+            else:
+                yield text[:size].split("\n")
+            self.position += size + 1
+
+    def _line_size(self):
+        """The size of the line that begins here, or None if it has no LF yet."""
+        for begin in range(self.position, self.end, BLOCK_SIZE):
+            found = self._text(begin, BLOCK_SIZE).find("\n")
+            if found >= 0:
+                return begin + found - self.position
+        return None
+
+    def tail(self, count):
+        """Where the last `count` lines of JSON begin."""
+        done = _rfind(self.file, b"\n", self.end) + 1       # lines from `done` on are seen
+        while count and done:
+            begin = max(0, done - BLOCK_SIZE)
+            lines = self._text(begin, done - 1 - begin).split("\n")
+            if begin and len(lines) > 1:
+                del lines[0]                                # perhaps only the end of one
+            elif begin:
+                begin = _rfind(self.file, b"\n", begin) + 1
+                lines = [self._text(begin, done - 1 - begin)]
+            for line in reversed(lines):
+                done -= len(line) + 1
+                count -= json_line(line) is not None
+                if not count:
+                    break
+        return done
 
 
 class HistoryPage:
@@ -2516,10 +2497,14 @@ class Application:
             if _matches(request.header("If-None-Match"), headers[-1][1]):
                 reader.close()
                 return Response([], 304, headers[1:])
+            reader.decompress()
             if tail is not None:
                 offset = reader.tail(tail)
             if not reader.seek(offset):
                 raise _gone_cursor("is not a place in this thread's history")
+        except OSError as error:
+            reader.close()
+            raise _unreadable(reader.path, error) from None
         except BaseException:
             reader.close()
             raise
@@ -2538,8 +2523,7 @@ class Application:
             except FileNotFoundError:               # moved or compressed this moment
                 continue
             except OSError as error:
-                raise HTTPError(500, "The rollout can't be read",
-                                "%s: %s" % (path, error.strerror)) from None
+                raise _unreadable(path, error) from None
 
     # GET /codex/status
 
@@ -2620,6 +2604,10 @@ def _cursor(text, thread_id):
 def _gone_cursor(problem):
     return HTTPError(410, "Cursor is gone", "after %s: read the history from its beginning"
                      % problem)
+
+
+def _unreadable(path, error):
+    return HTTPError(500, "The rollout can't be read", "%s: %s" % (path, error.strerror))
 
 
 def _entity_tag(reader, request):
@@ -2736,6 +2724,8 @@ class Connection:
         try:
             self.sock.sendall(data)
         except OSError as error:
+            # Closing is a reset then: the kernel would keep what the client doesn't take.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             raise Disconnected(str(error)) from None
 
     def has_hung_up(self):

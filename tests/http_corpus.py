@@ -178,7 +178,7 @@ series("target", lambda value: head(b"GET " + value + b" HTTP/1.1"),
        b"ping", b"/ping#top", b"#", b"/%", b"/%4", b"/%zz", b"/ping%", b"/ping?%", b"/ping?%g0",
        b"/ping?a#b", b"/p\x01ing", b"/p\x7fing", b"/p\xc3\xa4ng", b"/p\0ing", b"/ping\\x",
        b"\\ping", b"/pi{ng", b"/pi|ng", b"/pi^ng", b"/pi`ng", b"/pi\"ng", b"/<ping>",
-       b"/ping?a=[1]", b"*", b"?a", b"//localhost/ping HTTP/1.1\r\nX:", b"http:/ping",
+       b"/ping?a=[1]", b"*", b"?a", b"http:/ping",
        b"http:ping", b"http://", b"http:///ping", b"http://?a", b"http://:80/ping",
        b"http://other/ping", b"http://localhost:81/ping", b"http://localhost.other/ping",
        b"http://user@localhost/ping", b"http://user:pw@localhost/ping",
@@ -257,7 +257,7 @@ malformed(
     field_name_too_large=head(b"GET /ping HTTP/1.1", b"X" * 40000 + b": y"),
 )
 series("host", lambda value: head(host=b"Host: " + value),
-       b"a,b", b"a b", b"a/b", b"a?b", b"a#b", b"user@a", b"http://a", b"a:b", b"a:80:80", b"a:-1",
+       b"a b", b"a/b", b"a?b", b"a#b", b"user@a", b"http://a", b"a:b", b"a:80:80", b"a:-1",
        b"a:+80", b"a:65536", b"a:999999", b"a: 80", b"a :80", b"[::1", b"::1", b"[::1]x",
        b"[::1]:x", b"[::g]", b"[1.2.3.4]", b"[]", b"[::1]]", b"[:::]", b"[1::2::3]", b"[v1.a]",
        b"[fe80::1%eth0]", b"a\\b", b"a\"b", b"<a>", b"a|b", b"a^b", b"a%", b"a%g0", b"\xe4",
@@ -354,7 +354,7 @@ ok("Host is IPv6", host=b"Host: [::1]")
 ok("Host is IPv6 with port", host=b"Host: [2001:db8::1]:3737")
 ok("Host is IPv6 with IPv4", host=b"Host: [::ffff:1.2.3.4]")
 ok("Host is percent-encoded", host=b"Host: a%20b")
-ok("Host with all its characters", host=b"Host: a-._~!$&'()*+;=z")
+ok("Host with all its characters", host=b"Host: a-._~!$&'()*+,;=z")
 valid("Host comes last", b"GET /ping HTTP/1.1\r\n" + KEY + b"\r\nhOsT: localhost\r\n\r\n")
 valid("names in capitals", b"GET /ping HTTP/1.1\r\nHOST: a\r\n" + KEY.replace(
     b"X-Replicas-Engine-Secret", b"X-REPLICAS-ENGINE-SECRET") + b"\r\n\r\n")

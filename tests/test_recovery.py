@@ -138,8 +138,7 @@ def test_a_signal_while_idle(engine):
 
 
 @pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM),
-                                           (signal.SIGINT, signal.SIGINT),
-                                           (signal.SIGTERM, signal.SIGINT)])
+                                           (signal.SIGINT, signal.SIGTERM)])
 def test_a_second_signal(engine, first, second):
     turn = engine.start_turn(script(IGNORE, BEGIN, HANG))
     codex = wait_for(engine.calls)[-1]["pid"]
@@ -217,7 +216,7 @@ def test_kill_in_the_middle_of_a_start(engine):
         connection.close()
         engine.start()
         turns = os.listdir(os.path.join(engine.state, "turns"))
-        latest = max([int(name[:-4]) for name in turns], default=0)
+        latest = max([int(name[:-4]) for name in turns if name.endswith(".log")], default=0)
         if latest:
             assert code_of(Reader(engine, latest).result()) == "engine_restarted"
         wait_for(lambda: not [call for call in engine.calls() if is_alive(call["pid"])])
@@ -513,5 +512,3 @@ def test_full_when_the_thread_begins(small_disk, tmp_path):
     check_state(engine)
     engine.start()
     assert engine.status()["thread_id"] == thread
-
-
