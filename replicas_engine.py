@@ -1634,6 +1634,9 @@ STOP_MESSAGES = {
     "shutdown": "The engine was shut down during the turn",
     "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
 }
+# Mount points that the sandbox of Codex 0.169 makes while a command runs, and leaves when Codex is
+# stopped meanwhile; an empty .git keeps git from cloning into the workspace.
+SANDBOX_MOUNTS = (".git", ".agents", ".aws", ".codex")
 UNKNOWN_THREAD = re.compile(rb"no rollout found|(thread|session|conversation)[^\n]{0,99} not found",
                             re.IGNORECASE)
 
@@ -1654,6 +1657,8 @@ class Turn:
         self.options = options
         self.mark = os.urandom(16).hex()
         self.log = None
+        self.folder = runner.turn_path(turn_id)[:-len(".log")] + ".files"
+        self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
         self.child = None
         self.terminal = None                # the type of the event with which Codex ended it
         self.problem = None
@@ -1720,8 +1725,9 @@ class Turn:
         """Start Codex, which does nothing before it has its prompt, and then the log."""
         self.codex = self.runner.prepare(self.options)
         os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
-        self.folder = self.runner.turn_path(self.id)[:-len(".log")] + ".files"
         self.options.write_files(self.folder)
+        mounts = [os.path.join(self.settings.workspace, name) for name in SANDBOX_MOUNTS]
+        self.absent = [path for path in mounts if not os.path.lexists(path)]
         self._launch(self.thread_id)
         codex = {"pid": self.child.pid, "started": self.processes.started}
         header = {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
@@ -1950,9 +1956,9 @@ class Turn:
 
     def _end(self):
         """Give the log its ending, then let the next turn start, then say so."""
+        code = self.stop_code or "exited"
         try:
             self._publish([b"".join(self.partial)])     # a last line that has no newline
-            code = self.stop_code or "exited"
             if not self.terminal:
                 self.log.append(failure(self._failure_message(code), code))
             self.log.sync()
@@ -1966,11 +1972,13 @@ class Turn:
         self.runner.prune()
 
     def _leave(self):
-        """Nothing of the turn stays but its log."""
+        """Nothing of the turn stays but its log, and what it did in the workspace."""
         if self.problem and self.child:
             self.child.kill()
-        with contextlib.suppress(OSError, AttributeError):
-            shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in () if self.terminal else self.absent:
+            with contextlib.suppress(OSError):          # not there, or not empty
+                os.rmdir(path)
 
     def _failure_message(self, code):
         if code != "exited":
@@ -2080,9 +2088,11 @@ class CodexRunner:
         """Read the headers of the kept turns; returns those that were cut short: the log and the
         TurnProcesses of each."""
         broken = []
+        for name in _list(self.turns):
+            if name.endswith(".files"):
+                shutil.rmtree(os.path.join(self.turns, name), ignore_errors=True)
         for turn_id in self._kept():
             path = self.turn_path(turn_id)
-            shutil.rmtree(path[:-len(".log")] + ".files", ignore_errors=True)
             try:
                 turn_log = TurnLog.open(path)
                 codex = turn_log.header["codex"]

@@ -261,14 +261,13 @@ def test_a_big_rollout(engine):
     assert engine.status()["session_file"] == path
     body += response.read()
     connection.close()
+    assert memory(engine) - before < 10
     assert hashlib.sha256(body).digest() == hashlib.sha256(answer(lines, len(data))).digest()
     json.loads(body.decode())
     got = engine.get("/codex/history?after=%s.%d" % (THREAD, len(data)))
     assert got.json()["events"] == [{"timestamp": "2025-10-26T05:00:00.000Z"}] + [
         {"n": n} for n in range(10)]
 
-    assert len(engine.get("/codex/history").json()["events"]) == len(lines) + 11
-    assert memory(engine) - before < 10
     tail = engine.get("/codex/history?tail=21011").json()["events"]     # the long line is its first
     assert len(tail) == 21011 and tail[-1] == {"n": 9}
     packed = engine.request("GET", "/codex/history", headers={"Accept-Encoding": "gzip"})
