@@ -209,7 +209,6 @@ def parse_dotenv(text):
 
 log = logging.getLogger("replicas-engine")
 log.propagate = False
-logging._srcfile = None             # "Optimization" in Python's logging HOWTO: no caller look-up
 
 
 class StderrHandler(logging.Handler):
@@ -220,20 +219,27 @@ class StderrHandler(logging.Handler):
     """
 
     PRIORITIES = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"))
+    MOST = 4096                             # bytes; POLLOUT promises room for PIPE_BUF: pipe(7)
 
     def __init__(self, journal):
         super().__init__()
         self.journal = journal
+        self.lines = collections.deque()    # that still have to be written
+        self.writing = threading.Lock()     # held by whoever does it, for everybody
         self.dropped = 0
         mode = os.fstat(2).st_mode
         self.may_block = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+    def createLock(self):
+        self.lock = None                    # no thread waits here for another's write
 
     def format(self, record):
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
         prefix = self._prefix(record)
-        return prefix + text.replace("\r", " ").replace("\n", "\n" + prefix + "  ") + "\n"
+        text = prefix + text.replace("\r", " ").replace("\n", "\n" + prefix + "  ")
+        return text.encode("utf-8", "backslashreplace")[:self.MOST - 1] + b"\n"
 
     def _prefix(self, record):
         if self.journal:
@@ -241,22 +247,29 @@ class StderrHandler(logging.Handler):
         return "%s %s " % (timestamp(record.created), record.levelname.lower())
 
     def emit(self, record):
-        line = self.format(record)
+        self.lines.append(self.format(record))
+        while self.lines and self.writing.acquire(blocking=False):
+            try:
+                self._write(record)
+            except OSError:                 # standard error is gone: there is nowhere to say so
+                self.lines.clear()
+            finally:
+                self.writing.release()
+
+    def _write(self, record):
+        """Write some lines at once, as many as surely fit."""
+        if self.may_block and not writable(2):
+            self.dropped += len(self.lines)
+            self.lines.clear()
+            return
+        data = b""
         if self.dropped:
-            line = "%s(%d lines were dropped: nobody read them)\n%s" % (
-                self._prefix(record), self.dropped, line)
-        # POLLOUT on a pipe promises room for PIPE_BUF bytes, pipe(7): no more is written at once.
-        data = line.encode("utf-8", "backslashreplace")
-        if self.may_block:
-            data = data[:4095] + b"\n" if len(data) > 4096 else data
-        try:
-            if self.may_block and not writable(2):
-                self.dropped += 1
-                return
-            os.write(2, data)
+            data = ("%s(%d lines were dropped: nobody read them)\n"
+                    % (self._prefix(record), self.dropped)).encode()
             self.dropped = 0
-        except OSError:                     # standard error is gone: there is nowhere to say so
-            pass
+        while self.lines and (not data or len(data) + len(self.lines[0]) <= self.MOST):
+            data += self.lines.popleft()
+        os.write(2, data)
 
 
 def writable(fd):
@@ -268,6 +281,9 @@ def writable(fd):
 
 def start_logging(env, development):
     """Log to standard error: everything that matters, and more in development."""
+    # "Optimization" in Python's logging HOWTO: leave out what no line shows
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     log.handlers[:] = [StderrHandler(journal=_is_journal(env.get("JOURNAL_STREAM")))]
     log.setLevel(logging.DEBUG if development else logging.INFO)
 
@@ -329,9 +345,12 @@ def _refuse_constant(name):
 json_text = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def json_bytes(value):
     """`value` as compact UTF-8 JSON; what UTF-8 can't carry is replaced."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(value).encode("utf-8", "replace")
 
 
 class Request:

@@ -130,6 +130,8 @@ class Answer:
 class Engine:
     """An engine as a process of its own, with a home, a CODEX_HOME and a workspace of its own."""
 
+    program = [sys.executable, "-W", "error", MODULE]
+
     def __init__(self, folder, **env):
         self.folder = str(folder)
         self.home = os.path.join(self.folder, "home")
@@ -158,7 +160,7 @@ class Engine:
         begin = os.path.getsize(self.log_path) if os.path.exists(self.log_path) else 0
         with open(self.log_path, "ab") as log_file:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", MODULE], env=self.env, cwd=self.folder,
+                self.program, env=self.env, cwd=self.folder,
                 stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
         if wait:
             def listening():
