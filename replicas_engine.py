@@ -862,6 +862,7 @@ def thread_id_of(event):
 
 MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36     # <linux/prctl.h>
+M_ARENA_MAX = -8                           # <malloc.h>
 INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its ending down
 TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
 KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
@@ -877,6 +878,13 @@ def prctl(option, value):
         return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
     except (OSError, AttributeError):
         return False
+
+
+def keep_one_arena():
+    """Have glibc's malloc not take memory anew for every thread (mallopt(3)): Python's threads take
+    turns anyhow."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 class Child(subprocess.Popen):
@@ -1357,7 +1365,7 @@ class CodexFinder:
 
     def __init__(self, settings):
         self.settings = settings
-        self._versions = {}
+        self._version = (None, None)        # of which file, and what it said
 
     def find(self):
         """The Codex to run.  Raises HTTPError 503 with what to do."""
@@ -1387,9 +1395,9 @@ class CodexFinder:
         try:
             status = os.stat(codex.program)
             identity = (codex.program, status.st_ino, status.st_size, status.st_mtime_ns)
-            if identity not in self._versions:
-                self._versions = {identity: self._ask_version(codex)}
-            return self._versions[identity]
+            if self._version[0] != identity:    # None is remembered too: it may have cost seconds
+                self._version = (identity, self._ask_version(codex))
+            return self._version[1]
         except OSError:
             return None
 
@@ -2905,6 +2913,7 @@ class WSGIRequestHandler(BaseRequestHandler):
         self.idle = False                   # between two requests
         self.spare = self.server.register(self)
         self.environ = self.server.environ_of(self.client_address)
+        self.last = (None, None)            # a head and its environ
         self.close_connection = False
 
     def handle(self):
@@ -2974,6 +2983,13 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     def parse_head(self, head):
         """The environ of a request.  Raises BadRequest."""
+        if head != self.last[0]:            # a client's next head is often its last one again
+            self.last = (head, self.parse_new_head(head))
+        environ = self.last[1].copy()
+        self.parse_framing(environ)
+        return environ
+
+    def parse_new_head(self, head):
         line, _, fields = head.partition(b"\r\n")
         method, target, version = parse_request_line(line)
         environ = self.environ.copy()
@@ -2981,7 +2997,6 @@ class WSGIRequestHandler(BaseRequestHandler):
         environ["SERVER_PROTOCOL"] = "HTTP/1.%d" % version
         add_fields(environ, fields)
         self.parse_target(environ, target, version)
-        self.parse_framing(environ, version)
         connection = environ.get("HTTP_CONNECTION")
         tokens = [t.strip(" \t") for t in connection.lower().split(",")] if connection else ()
         self.close_connection = ("close" in tokens                          # 9.3
@@ -3020,15 +3035,16 @@ class WSGIRequestHandler(BaseRequestHandler):
         rest = match.group(2)
         return rest if rest.startswith(b"/") else b"/" + rest
 
-    def parse_framing(self, environ, version):
+    def parse_framing(self, environ):
         """Where the body ends (6.3)."""
+        is_old = environ["SERVER_PROTOCOL"] == "HTTP/1.0"
         length, coding = environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")
         if length is not None and not re.fullmatch(r"[0-9]+", length):
             raise BadRequest(400, "Content-Length is malformed (RFC 9110, 8.6)")
         if length is not None and len(length) > 18:
             raise BadRequest(413, "Content-Length is larger than any body")
         if coding is not None:
-            if length is not None or version == 0:
+            if length is not None or is_old:
                 raise BadRequest(400, "Transfer-Encoding must not come with Content-Length, "
                                       "nor in HTTP/1.0 (RFC 9112, 6.1)")
             if coding.lower() != "chunked":
@@ -3041,7 +3057,7 @@ class WSGIRequestHandler(BaseRequestHandler):
             environ["wsgi.input"] = io.BytesIO()
         else:
             self.body = RequestBody(self.connection, None if coding else int(length),
-                                    expect and version > 0)
+                                    expect and not is_old)
             environ["wsgi.input"] = io.BufferedReader(self.body, BUFFER_SIZE)
 
     # Answering
@@ -3633,6 +3649,7 @@ def main(arguments):
     """The command line; the exit status."""
     start_logging(os.environ, development=False)
     faulthandler.enable()                   # where it hung, when systemd's watchdog aborts it
+    keep_one_arena()
     prctl(PR_SET_DUMPABLE, 0)               # nobody of the same user reads our secret or memory
     options = parse_command_line(arguments) if arguments else None
     try:
