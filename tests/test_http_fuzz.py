@@ -306,7 +306,8 @@ class Server:
 def read_by_engine(pieces):
     handler = object.__new__(replicas_engine.WSGIRequestHandler)
     handler.connection = Pieces(pieces)
-    handler.server, handler.spare, handler.idle, handler.environ = Server, False, False, {}
+    handler.server, handler.spare, handler.idle = Server, False, False
+    handler.environ, handler.last = {}, (None, None)
     try:
         head = handler.read_head()
         if head is None:

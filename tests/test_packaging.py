@@ -130,6 +130,7 @@ def test_deb_holds_what_it_should(deb):
     assert modes.pop("./usr/sbin/replicas-engine-setup") == "-rwxr-xr-x"
     assert set(modes.values()) == {"-rw-r--r--"}
     assert {"./usr/lib/replicas-engine/replicas_engine.py",
+            "./usr/lib/replicas-engine/__main__.py",
             "./usr/lib/systemd/system/replicas-engine.service",
             "./usr/lib/systemd/system/replicas-engine.socket",
             "./usr/share/replicas-engine/settings.env"} <= set(modes)

@@ -87,7 +87,34 @@ def check_service(machine, user="ubuntu", port=3737, secret=None):
     assert machine.out(others) == ""
     assert machine.out("ps -o user= -p %d" % machine.pid()) == user
     assert found not in machine.journal()
+    check_bytecode(machine, user)
     return found
+
+
+ENGINE = "/usr/lib/replicas-engine"
+# The files that Python would take bytecode from, each of them once for every Python.
+BYTECODE = """
+import glob, importlib.util, os
+for source in glob.glob("%s/*.py"):
+    with open(importlib.util.cache_from_source(source), "rb") as file:
+        head = file.read(16)
+    with open(source, "rb") as file:
+        source_hash = importlib.util.source_hash(file.read())
+    assert head == importlib.util.MAGIC_NUMBER + bytes([3, 0, 0, 0]) + source_hash, (source, head)
+    print(os.path.basename(source))
+""" % ENGINE
+
+
+def check_bytecode(machine, user="ubuntu"):
+    """The service runs from bytecode that is that of the module here, and root's alone to write."""
+    assert machine.out("tr '\\0' ' ' </proc/%d/cmdline" % machine.pid()).split() == [
+        "/usr/bin/python3", "-I", "-u", ENGINE]
+    assert sorted(machine.out("python3 -I -", input=BYTECODE).split()) == [
+        "__main__.py", "replicas_engine.py"]
+    assert machine.out("find %s ! -type l -printf '%%U:%%G %%m\n' | sort -u" % ENGINE).split(
+        "\n") == ["0:0 644", "0:0 755"]
+    assert machine.out("setpriv --reuid=%s --regid=%s --init-groups find %s -writable" % (
+        user, user, ENGINE)) == ""
 
 
 def strange(machine, known):
@@ -131,6 +158,41 @@ def test_install(machine):
     assert machine.out("pgrep -u ubuntu || true") == ""
     assert machine.out("systemctl list-units --all --no-legend 'replicas*'") == ""
     machine.install("--uninstall")
+
+
+def test_bytecode(installed):
+    """Python takes it when it is right, does without it when it isn't, and a run renews it."""
+    machine = installed
+    loaded = "setpriv --reuid=ubuntu --regid=ubuntu --clear-groups python3 -I -v %s --version 2>&1"
+
+    def from_bytecode():
+        out = machine.out(loaded % ENGINE)
+        return ["code object from '%s/__pycache__/%s." % (ENGINE, name) in out
+                for name in ("__main__", "replicas_engine")]
+
+    assert from_bytecode() == [True, True]
+
+    # Another module of the same size and time, as two versions of the package may have.
+    module = ENGINE + "/replicas_engine.py"
+    machine.run("cp -p %s /root/old; sed -i 's/^__version__ = \"./__version__ = \"8/' %s;"
+                " touch -r /root/old %s" % (module, module, module))
+    assert machine.out("stat -c '%%s %%Y' /root/old %s | uniq | wc -l" % module) == "1"
+    files = machine.files()
+    assert "replicas-engine 8." in machine.out("replicas-engine --version")  # and that as root
+    machine.run("systemctl restart replicas-engine")
+    assert json.loads(machine.get("/ping", machine.secret())[1])
+    assert machine.files() == files and from_bytecode() == [True, False]
+    machine.run("replicas-engine-setup")
+    assert from_bytecode() == [True, True]
+    check_bytecode(machine)
+
+    # None at all, as after an upgrade of Python.
+    machine.run("rm -r %s/__pycache__; systemctl restart replicas-engine" % ENGINE)
+    assert machine.get("/health")[0] == 200
+    assert "replicas-engine 8." in machine.out("replicas-engine --version")
+    assert not os.path.exists(machine.path(ENGINE, "__pycache__"))
+    machine.install()
+    check_service(machine)
 
 
 def test_install_with_options(machine):
