@@ -213,7 +213,7 @@ def serve(monkeypatch):
     wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors to be closed")
 
 
-def start_with(monkeypatch, tmp_path, make_engine, constants, **env):
+def start_with(tmp_path, make_engine, constants, **env):
     """A real engine with other constants."""
     driver = tmp_path / "driver.py"
     driver.write_text(
@@ -221,8 +221,9 @@ def start_with(monkeypatch, tmp_path, make_engine, constants, **env):
         "sys.exit(replicas_engine.main(sys.argv[1:]))\n" % (harness.ROOT, "\n".join(
             "assert hasattr(replicas_engine, %r)\nreplicas_engine.%s = %r" % (name, name, value)
             for name, value in constants.items())))
-    monkeypatch.setattr(harness, "MODULE", str(driver))
-    return make_engine(**env)
+    engine = make_engine(start=False, **env)
+    engine.program = [sys.executable, "-W", "error", str(driver)]
+    return engine.start()
 
 
 def resources(engine):
@@ -732,8 +733,8 @@ def test_client_that_leaves_is_noticed_while_nothing_is_sent(serve, leave):
 
 
 @pytest.mark.parametrize("leave", (Client.close, Client.reset))
-def test_client_that_leaves_a_stream(make_engine, monkeypatch, tmp_path, leave):
-    engine = start_with(monkeypatch, tmp_path, make_engine, {"KEEP_ALIVE_INTERVAL": 3600.0})
+def test_client_that_leaves_a_stream(make_engine, tmp_path, leave):
+    engine = start_with(tmp_path, make_engine, {"KEEP_ALIVE_INTERVAL": 3600.0})
     gate = hold_turn(engine, tmp_path)
     engine.get("/ping")
     wait_for(lambda: "GET /ping" in engine.log())
@@ -848,9 +849,9 @@ class Crowd:
         self.selector.close()
 
 
-def test_hostile_crowd(make_engine, monkeypatch, tmp_path):
+def test_hostile_crowd(make_engine, tmp_path):
     """600 at once: all are gone after the deadlines, and nobody else noticed them."""
-    engine = start_with(monkeypatch, tmp_path, make_engine,
+    engine = start_with(tmp_path, make_engine,
                         {"HEAD_TIMEOUT": 3.0, "IDLE_TIMEOUT": 3.0, "SEND_TIMEOUT": 3.0},
                         REPLICAS_ENGINE_MAX_CONNECTIONS="620")
     engine.send(harness.script({"thread": "new"}, *[{"big": {"size": 10 ** 6}}] * 12,
