@@ -527,6 +527,7 @@ EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
 TERMINAL = ("turn.completed", "turn.failed")
 DONE = (b"done", b"{}")
 READ_SIZE = 256 * 1024                     # bytes read at once from a pipe or a file
+STREAM_SIZE = 32 * 1024                    # and for a reader, of whom there may be hundreds
 KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
 CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether the client is there
 
@@ -853,7 +854,7 @@ class EventStream:
     def _read(self):
         """What there is to send, or None if there is nothing yet."""
         finished = self.log.finished                # looked at first: no event comes after it
-        data = self.log.read(self.offset, READ_SIZE, self.file)
+        data = self.log.read(self.offset, STREAM_SIZE, self.file)
         if not data:
             if finished:
                 raise StopIteration
@@ -885,7 +886,6 @@ def thread_id_of(event):
 
 MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36     # <linux/prctl.h>
-M_ARENA_MAX = -8                           # <malloc.h>
 INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its ending down
 TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
 KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
@@ -901,13 +901,6 @@ def prctl(option, value):
         return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
     except (OSError, AttributeError):
         return False
-
-
-def keep_one_arena():
-    """Have glibc's malloc not take memory anew for every thread (mallopt(3)): Python's threads take
-    turns anyhow."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 class Child(subprocess.Popen):
@@ -3675,7 +3668,6 @@ def main(arguments):
     """The command line; the exit status."""
     start_logging(os.environ)
     faulthandler.enable()                   # where it hung, when systemd's watchdog aborts it
-    keep_one_arena()
     prctl(PR_SET_DUMPABLE, 0)               # nobody of the same user reads our secret or memory
     options = parse_command_line(arguments) if arguments else None
     try:

@@ -5,7 +5,6 @@ what a deadline ends, ends, and what must not end, doesn't.
 """
 
 import contextlib
-import json
 import os
 import pwd
 import re
@@ -426,8 +425,7 @@ def test_http_1_0_keep_alive(engine):
     ("200 OK", [("X", "a\rInjected: y")]), ("200 OK", [("X", "a\0b")]),
     ("200 OK", [("X", "a\r\n\r\nInjected")]), ("200 OK", [("X\r\nInjected", "a")]),
     ("200 OK", [("X", "\u2028")]), ("200 OK\r\nInjected: y", []), ("200 OK\nInjected: y", []),
-    ("200 OK", [("Content-Length", "4\r\nInjected: y")]), ("200 OK", [("X", None), ("Y", b"")]),
-    ("200 OK", None), (None, [])))
+    ("200 OK", [("Content-Length", "4\r\nInjected: y")]), ("200 OK", None), (None, [])))
 @pytest.mark.parametrize("pieces", ([b"body"], [b"bo", b"dy"]))
 def test_response_cannot_be_split(serve, status, headers, pieces):
     def app(environ, start_response):
@@ -438,16 +436,9 @@ def test_response_cannot_be_split(serve, status, headers, pieces):
         return list(pieces)
 
     served = serve(app, valid=False)
-    if headers and headers[0][1] is None:
-        assert b"None" in harness.raw(served.port, request(b"GET / HTTP/1.0"))
-        return                              # odd, but no danger
     with Client(served.port, request(b"GET / HTTP/1.1") + request(b"GET /good HTTP/1.1")) as client:
-        answer = client.answer()
-        if status and headers == []:
-            assert "Injected" not in json.dumps(answer[1])
-        assert answer[0] == (500 if status is None or headers is None or "Injected" in str(
-            (status, headers)) or headers[0][1] in ("a\0b", "\u2028") else 200)
-        assert "injected" not in answer[1]
+        status_code, fields, body = client.answer()
+        assert status_code == 500 and "injected" not in fields and b"Injected" not in body
         assert client.is_closed()
     assert served.get("good")[0] == 200
 
@@ -514,8 +505,10 @@ def test_content_length_that_is_wrong(serve, length, pieces):
     served = serve(app, valid=False)
     with Client(served.port, request(b"GET / HTTP/1.1") * 2) as client:
         status, _, body = client.answer()
-        assert (status, len(body) <= length) == (500 if len(pieces) == 1 else 200, True) or (
-            status == 500)
+        if len(pieces) == 1:
+            assert status == 500
+        else:
+            assert status == 200 and body == (b"bo" if length == 3 else b"body")
         assert client.is_closed()
 
 
