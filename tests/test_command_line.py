@@ -170,16 +170,22 @@ def test_development_logs_more(make_engine):
     wait_for(lambda: "GET /health 200" in engine.log())
 
 
-def test_a_pipe_that_nobody_reads_stops_nothing(make_engine):
-    """0.1.0 crashed on one."""
+def start_with_pipe(make_engine):
+    """An engine whose log goes into a pipe, and the pipe's other end."""
     engine = make_engine(start=False)
-    out, into = os.pipe()
     with socket.create_server(("127.0.0.1", 0)) as free:
         engine.port = free.getsockname()[1]
     engine.env["PORT"] = str(engine.port)
+    out, into = os.pipe()
     engine.process = subprocess.Popen([sys.executable, harness.MODULE], env=engine.env,
                                       cwd=engine.folder, stderr=into)
     os.close(into)
+    return engine, out
+
+
+def test_a_pipe_that_nobody_reads_stops_nothing(make_engine):
+    """0.1.0 crashed on one."""
+    engine, out = start_with_pipe(make_engine)
 
     def answers():
         try:
@@ -202,14 +208,7 @@ def test_a_pipe_that_nobody_reads_stops_nothing(make_engine):
 
 
 def test_a_log_that_is_closed_stops_nothing(make_engine):
-    engine = make_engine(start=False)
-    out, into = os.pipe()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        engine.port = free.getsockname()[1]
-    engine.env["PORT"] = str(engine.port)
-    engine.process = subprocess.Popen([sys.executable, harness.MODULE], env=engine.env,
-                                      cwd=engine.folder, stderr=into)
-    os.close(into)
+    engine, out = start_with_pipe(make_engine)
     with open(out, "rb") as pipe:
         assert b"listening" in pipe.readline()
     assert engine.send("hi")[-2].type == "turn.completed"
