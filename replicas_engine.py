@@ -20,10 +20,10 @@ Who owns which state
 On disk (REPLICAS_ENGINE_STATE): `lock`, held while an engine runs; `thread.json`, the thread id;
 `turns/<id>.log`, the kept turns.  What else is known of a turn is read from its log.
 
-The locks: the runner's, a log's Condition, the server's for its connections, and one that keeps
-starting a process and reaping orphans apart.  None is taken while another is held, and none is
-held across a yield, a socket or a file.  One more, in the runner, only puts the writes of
-`thread.json` into their order.
+The locks: the runner's, a log's Condition and the server's for its connections guard state; none
+of them is taken while another of them is held, nor held across a yield, a socket or a file.  Three
+more let one thread at a time do something: start a process or look who is an orphan, write what the
+runner keeps on disk (which takes the runner's lock inside), write log lines.
 
 Read it downward: a name is defined above its use.  The sections: Settings, Logging, Errors,
 Requests and responses, Routing, Secret, Turn log and event stream, Rollouts, Codex, Turn options,
