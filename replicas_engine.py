@@ -2668,8 +2668,9 @@ def _unreadable(path, error):
 def _entity_tag(reader, request):
     """A weak validator (RFC 9110, 8.8.1), since what is sent may be compressed."""
     status = reader.status
-    identity = "%s %s %d %d %d" % (reader.path, request.environ.get("QUERY_STRING", ""), status.st_ino,
-                                   status.st_size, status.st_mtime_ns)
+    query = request.environ.get("QUERY_STRING", "")
+    identity = "%s %s %d %d %d" % (reader.path, query, status.st_ino, status.st_size,
+                                   status.st_mtime_ns)
     return 'W/"%s"' % hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
