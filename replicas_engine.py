@@ -26,8 +26,8 @@ more let one thread at a time do something: start a process or look who is an or
 runner keeps on disk (which takes the runner's lock inside), write log lines.
 
 Read it downward: a name is defined above its use.  The sections: Settings, Logging, Errors,
-Requests and responses, Routing, Secret, Turn log and event stream, Rollouts, Codex, Turn options,
-Processes, Turn and CodexRunner, Application, WSGI server, systemd, Command line.
+Requests and responses, Routing, Secret, Turn log and event stream, Processes, Rollouts, Codex,
+Turn options, Turn and CodexRunner, Application, WSGI server, systemd, Command line.
 """
 
 import codecs
@@ -2101,6 +2101,8 @@ class CodexRunner:
             raise StateInUse("another engine is running with the state directory %s"
                              % self.settings.state) from None
         prctl(PR_SET_CHILD_SUBREAPER, 1)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary_path(self._thread_file()))
         self.thread_id = self._load_thread()
         broken = self._load_turns()
         threading.Thread(target=self._recover, args=(broken,), daemon=True).start()
@@ -2385,9 +2387,14 @@ class CodexRunner:
                 log.error("an old turn can't be deleted: %s", error)
 
 
+def temporary_path(path):
+    """Where `write_file` makes the file; `kill -9` may leave it there."""
+    return path + ".tmp"
+
+
 def write_file(path, data):
     """Replace the file at `path` so that it is whole at any moment, also after a power cut."""
-    temporary = path + ".tmp"
+    temporary = temporary_path(path)
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(data)

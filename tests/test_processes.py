@@ -83,7 +83,7 @@ COMMANDS = {
     "with setsid": ("setsid sleep {n} & setsid -f sleep {n}; sleep {n}", 3),
     "with nohup": ("nohup sleep {n} >/dev/null 2>&1 & nohup sleep {n} >/dev/null 2>&1", 2),
     "ignoring signals": ("trap '' TERM INT HUP; setsid sleep {n} & sleep {n}; sleep {n}", 2),
-    "a chain of forks": ("sleep {n} & exec {python} {chain} {n}", 1),
+    "a chain of forks": ("sleep {n} & {python} {chain} {n}; wait", 1),
     "many forks": ("for i in $(seq 150); do sleep {n} & done; wait", 150),
 }
 

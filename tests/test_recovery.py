@@ -311,6 +311,16 @@ def test_a_thread_file_that_is_none(engine, content):
     check_state(engine)
 
 
+def test_a_thread_file_in_the_middle_of_being_written(engine):
+    thread = engine.send("Hello")[0].json()["thread_id"]
+    engine.kill()
+    with open(os.path.join(engine.state, "thread.json.tmp"), "wb") as file:
+        file.write(b'{"thread_')
+    engine.start()
+    assert engine.status()["thread_id"] == thread
+    check_state(engine)
+
+
 def test_logs_of_anybody(engine):
     """Whatever lies in the folder of the turns, the engine serves."""
     engine.send("Hello")
