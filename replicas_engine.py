@@ -222,12 +222,13 @@ class StderrHandler(logging.Handler):
     INTERVAL = 0.01
 
     PRIORITIES = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"))
-    MOST = 4096                             # bytes; POLLOUT promises room for PIPE_BUF: pipe(7)
+    MOST = 4000                             # bytes of lines in one write; the notice comes on top,
+    #                                         and POLLOUT promises room for PIPE_BUF (4096): pipe(7)
 
     def __init__(self, journal):
         super().__init__()
         self.journal = journal
-        self.lines = collections.deque()    # that still have to be written
+        self.lines = collections.deque()    # still to be written: (seconds, level, text) each
         self.waiting = threading.Event()    # there are some
         self.pause = threading.Event()      # never set
         self.writing = threading.Lock()     # lines are taken and written by one at a time
@@ -239,22 +240,16 @@ class StderrHandler(logging.Handler):
     def handle(self, record):
         self.emit(record)                   # without logging's lock, which waits for others' writes
 
-    def format(self, record):
+    def emit(self, record):
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        prefix = self._prefix(record.created, record.levelno)
-        text = prefix + text.replace("\r", " ").replace("\n", "\n" + prefix + "  ")
-        return text.encode("utf-8", "backslashreplace")[:self.MOST - 1] + b"\n"
+        self.put(record.levelno, text)
 
-    def _prefix(self, seconds, level):
-        if self.journal:
-            return next((p for least, p in self.PRIORITIES if level >= least), "<7>")
-        return "%s %s " % (timestamp(seconds), logging.getLevelName(level).lower())
-
-    def emit(self, record):
-        self.lines.append(self.format(record))
-        if record.levelno >= logging.WARNING:
+    def put(self, level, text):
+        """Write `text`, now or soon."""
+        self.lines.append((time.time(), level, text))
+        if level >= logging.WARNING:
             self.flush()
         elif not self.waiting.is_set():
             self.waiting.set()
@@ -268,26 +263,36 @@ class StderrHandler(logging.Handler):
     def flush(self):
         """Write what there is; Python's logging does so at the end of the process, too."""
         with self.writing:
+            data = b""
             while self.lines:
-                try:
-                    self._write()
-                except OSError:             # standard error is gone: there is nowhere to say so
-                    self.lines.clear()
+                line = self._line(*self.lines.popleft())
+                if len(data) + len(line) > self.MOST:
+                    self._write(data)
+                    data = b""
+                data += line
+            self._write(data)
 
-    def _write(self):
-        """Write some lines at once, as many as surely fit."""
+    def _line(self, seconds, level, text):
+        prefix = self._prefix(seconds, level)
+        text = prefix + text.replace("\r", " ").replace("\n", "\n" + prefix + "  ")
+        return text.encode("utf-8", "backslashreplace")[:self.MOST - 1] + b"\n"
+
+    def _prefix(self, seconds, level):
+        if self.journal:
+            return next((p for least, p in self.PRIORITIES if level >= least), "<7>")
+        return "%s %s " % (timestamp(seconds), logging.getLevelName(level).lower())
+
+    def _write(self, data):
+        """Write whole lines, as many as surely fit, or drop them."""
         if self.may_block and not writable(2):
-            self.dropped += len(self.lines)
-            self.lines.clear()
+            self.dropped += data.count(b"\n")
             return
-        data = b""
         if self.dropped:
-            data = b"%b(%d lines were dropped: nobody read them)\n" % (
-                self._prefix(time.time(), logging.WARNING).encode(), self.dropped)
+            data = b"%b(%d lines were dropped: nobody read them)\n%b" % (
+                self._prefix(time.time(), logging.WARNING).encode(), self.dropped, data)
             self.dropped = 0
-        while self.lines and (not data or len(data) + len(self.lines[0]) <= self.MOST):
-            data += self.lines.popleft()
-        os.write(2, data)
+        with contextlib.suppress(OSError):  # standard error is gone: there is nowhere to say so
+            os.write(2, data)
 
 
 def writable(fd):
@@ -304,6 +309,14 @@ def start_logging(env):
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     log.handlers[:] = [StderrHandler(journal=_is_journal(env.get("JOURNAL_STREAM")))]
     log.setLevel(logging.INFO)
+
+
+def log_request(level, text):
+    """log.log(level, text) for what every request logs: without a LogRecord, which would cost more
+    than parsing the request."""
+    for handler in log.handlers:
+        if isinstance(handler, StderrHandler) and log.isEnabledFor(level):
+            handler.put(level, text)
 
 
 def _is_journal(stream):
@@ -3130,10 +3143,9 @@ class WSGIRequestHandler(BaseRequestHandler):
     def log_request(self, environ, outcome):
         path = environ["PATH_INFO"]
         level = logging.DEBUG if path in self.server.always and outcome == "200" else logging.INFO
-        if log.isEnabledFor(level):
-            log.log(level, "%s %s %s %.1f ms", environ["REQUEST_METHOD"],
-                    path if path.isprintable() else ascii(path), outcome,
-                    (time.perf_counter() - self.started) * 1000)
+        log_request(level, "%s %s %s %.1f ms" % (
+            environ["REQUEST_METHOD"], path if path.isprintable() else ascii(path), outcome,
+            (time.perf_counter() - self.started) * 1000))
 
     def start_response(self, status, headers, exc_info=None):
         if exc_info is not None:
