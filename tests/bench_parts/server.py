@@ -15,7 +15,8 @@ REQUEST = (b"GET /ping HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccep
            b"X-Replicas-Engine-Secret: " + harness.SECRET.encode() + b"\r\n\r\n")
 SECONDS = 1.5
 
-# http.server's own handler, with what it can be given: no delay, one write, keep-alive
+# http.server's own handler, with what it can be given: no delay, one write, keep-alive,
+# room for the clients in its queue
 STOCK = """
 import http.server, json, socket, sys, time
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -29,6 +30,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+http.server.ThreadingHTTPServer.request_queue_size = 1024
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 server.daemon_threads = True
 print(server.server_address[1], flush=True)
