@@ -3490,11 +3490,15 @@ def listen(host, port):
 # systemd
 # ---------------------------------------------------------------------------------------------
 
+NOTIFY_TIMEOUT = 2.0                       # seconds
+
+
 def notify(message):
-    """sd_notify(3): tell systemd, if it started us."""
+    """sd_notify(3): tell systemd, if it started us and takes the message within NOTIFY_TIMEOUT."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(NOTIFY_TIMEOUT)
             sock.connect("\0" + address[1:] if address.startswith("@") else address)
             sock.sendall(message.encode())
 

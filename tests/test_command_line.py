@@ -254,8 +254,20 @@ def test_notify_and_watchdog(make_engine, notifications):
     wait_for(lambda: notifications.recv(100) == b"STATUS=Idle")
     assert "NOTIFY_SOCKET" not in engine.calls()[0]["env"]
     assert "WATCHDOG_USEC" not in engine.calls()[0]["env"]
-    engine.stop()
+    engine.process.send_signal(signal.SIGTERM)
     wait_for(lambda: notifications.recv(100) == b"STOPPING=1")
+    assert engine.process.wait(harness.PATIENCE) == 0
+
+
+def test_notifications_that_nobody_takes(make_engine, notifications):
+    engine = make_engine(NOTIFY_SOCKET=notifications.getsockname(), WATCHDOG_USEC="100000")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                sock.sendto(b"X=1", notifications.getsockname())
+    assert engine.send("hi")[-2].type == "turn.completed"
+    assert engine.stop() == 0
 
 
 def test_a_socket_from_systemd(make_engine):
