@@ -906,6 +906,7 @@ PROCESS_POLL = 0.02                        # seconds between two looks at the pr
 
 _starting = threading.Lock()               # a child of ours is started and known, or orphans reaped
 _own_children = set()                      # pids that somebody else waits for; guarded by it
+_reaped = 0                                # how many orphans were; guarded by it
 
 
 def prctl(option, value):
@@ -934,30 +935,31 @@ def start_process(argv, **options):
 
 
 def reap_orphans():
-    """Wait for the dead among the processes that became ours because we are their subreaper."""
+    """Wait for the dead among the processes that became ours because we are their subreaper; how
+    many those were in all."""
+    global _reaped
     with _starting:
         with contextlib.suppress(ChildProcessError):
             if not os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                return                      # nobody is dead: the usual case, and a cheap one
-        for pid, entry in process_table().items():
+                return _reaped              # nobody is dead: the usual case, and a cheap one
+        for pid, entry in processes():
             if entry.state == b"Z" and entry.parent == os.getpid() and pid not in _own_children:
                 with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
+                    _reaped += os.waitpid(pid, os.WNOHANG)[0] == pid
+        return _reaped
 
 
 Process = collections.namedtuple("Process", "parent group state started")
 
 
-def process_table():
-    """{pid: Process} of all that run, from /proc/<pid>/stat (proc(5)); `started` tells two
+def processes():
+    """(pid, Process) of all that there are, from /proc/<pid>/stat (proc(5)); `started` tells two
     processes apart that had the same pid: clock ticks since the machine's boot."""
-    table = {}
     for name in reversed(os.listdir("/proc")):      # the newest first: they may be gone the soonest
         if name.isdigit():
             entry = process(name)
             if entry.started is not None:
-                table[int(name)] = entry
-    return table
+                yield int(name), entry
 
 
 def process(pid):
@@ -988,8 +990,8 @@ class TurnProcesses:
     """Everything that one turn started, in whatever process group or session it sits.
 
     `mark` is the turn's, `codex` the pid of its Codex, which began at `started` (see Process;
-    default: the one that has the pid now).  `earlier` is the process table from before it, or None
-    if it was another engine that started it.
+    default: the one that has the pid now).  `earlier` are the process groups that there were before
+    it, or None if it was another engine that started it.
     """
 
     def __init__(self, mark, codex, started=None, earlier=None):
@@ -1000,15 +1002,22 @@ class TurnProcesses:
         self.seen = {(codex, self.started)}     # once a turn's, always that turn's
         self.groups = set()                     # those that there are
 
-    def find(self):
-        """The turn's living processes: {pid: parent}."""
+    def find(self, kill=False):
+        """The turn's living processes: {pid: parent}.
+
+        `kill`: each gets SIGKILL at sight and then once more with its group.  In a chain of forks
+        it would be another one a moment later.
+        """
+        table, found = {}, set()
         with _starting:                     # or a child of ours that has no mark yet looks like one
-            table = process_table()
-            orphans = self._unmarked_orphans(table)
-        self.groups = {group for group in self.groups if self._signal(group, 0)}
-        found = {pid for pid, entry in table.items()
-                 if (pid, entry.started) in self.seen or pid in orphans
-                 or entry.group in self.groups or mark_of(pid) == self.mark}
+            self.groups = {group for group in self.groups if self._signal(group, 0)}
+            for pid, entry in processes():
+                table[pid] = entry
+                if self._has(pid, entry):
+                    found.add(pid)
+                    if kill:
+                        with contextlib.suppress(OSError):
+                            os.kill(pid, signal.SIGKILL)
         children = collections.defaultdict(list)
         for pid, entry in table.items():
             children[entry.parent].append(pid)
@@ -1020,18 +1029,23 @@ class TurnProcesses:
         found = {pid for pid in found if table[pid].state not in b"ZX"}
         self.seen |= {(pid, table[pid].started) for pid in found}
         self.groups |= {table[pid].group for pid in found} - {0, 1, os.getpgrp()}
+        if kill:
+            self._signal_groups(signal.SIGKILL)
         return {pid: table[pid].parent for pid in found}
 
-    def _unmarked_orphans(self, table):
-        """Our living children that carry no mark: orphans that dropped the environment.  Those of
-        an earlier turn were there before, or sit in a group that was."""
-        if self.earlier is None:
-            return set()
-        groups = {entry.group for entry in self.earlier.values()} - {self.codex}
-        return {pid for pid, entry in table.items()
-                if entry.parent == os.getpid() and pid not in _own_children
-                and entry.group not in groups and entry.state not in b"ZX"
-                and mark_of(pid) is None}
+    def _has(self, pid, entry):
+        """Whether a process is the turn's, going by what it is itself."""
+        if (pid, entry.started) in self.seen or entry.group in self.groups:
+            return True
+        mark = mark_of(pid)
+        return mark == self.mark or mark is None and self._is_orphan(pid, entry)
+
+    def _is_orphan(self, pid, entry):
+        """Whether it is a child of ours that is nobody else's, one without a mark: an orphan that
+        dropped its environment.  Those of earlier turns sit in groups that were there before."""
+        return (self.earlier is not None and entry.parent == os.getpid()
+                and pid not in _own_children and entry.state not in b"ZX"
+                and entry.group not in self.earlier)
 
     def stop(self):
         """Stop them all, politely first; returns when none is left.
@@ -1039,25 +1053,30 @@ class TurnProcesses:
         SIGINT goes to Codex alone, which (0.98 and newer) ends its command and notes in the
         rollout that the turn was aborted; then SIGTERM and at last SIGKILL go to whatever is left.
         """
-        processes = self.find()
-        top = {pid for pid, parent in processes.items() if parent not in processes}
-        if self.codex in processes:
+        there = self.find()
+        top = {pid for pid, parent in there.items() if parent not in there}
+        if self.codex in there:
             top = {self.codex}
         for pid in top:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGINT)
         self._wait(lambda: not top & set(self.find()), INTERRUPT_PATIENCE)
-        self._signal_all(signal.SIGTERM)
-        self._wait(lambda: not self.find(), TERMINATE_PATIENCE)
-        if not self._wait(lambda: not self._signal_all(signal.SIGKILL), KILL_PATIENCE):
+        self._signal_groups(signal.SIGTERM)
+        self._wait(self._is_over, TERMINATE_PATIENCE)
+        if not self._wait(lambda: self._is_over(kill=True), KILL_PATIENCE):
             log.error("these processes of the turn can't be killed: %s", sorted(self.find()))
 
-    def _signal_all(self, number):
-        """Signal whatever there is; the processes that were seen."""
-        processes = self.find()
+    def _is_over(self, kill=False):
+        """Whether nothing is left: nobody was seen, and nobody died unseen, for he may have left a
+        child that is younger than the look at the processes."""
+        codex, before = process(self.codex), reap_orphans()
+        if self.find(kill) or codex.started == self.started and codex.state not in b"ZX":
+            return False
+        return reap_orphans() == before
+
+    def _signal_groups(self, number):
         for group in self.groups:
             self._signal(group, number)
-        return processes
 
     @staticmethod
     def _signal(group, number):
@@ -1079,7 +1098,6 @@ class TurnProcesses:
             if time.monotonic() > deadline:
                 return False
             pause.wait(PROCESS_POLL)
-            reap_orphans()
         return True
 
 
@@ -1810,7 +1828,8 @@ class Turn:
             cwd=self.settings.workspace,
             env=codex_environment(self.settings, self.codex, self.mark))
         # Codex does nothing yet, so whoever else is there now was there before the turn.
-        self.processes = TurnProcesses(self.mark, self.child.pid, earlier=process_table())
+        earlier = {entry.group for pid, entry in processes() if pid != self.child.pid}
+        self.processes = TurnProcesses(self.mark, self.child.pid, earlier=earlier)
         threading.Thread(target=self._await_exit, args=(self.child,), daemon=True).start()
 
     def _await_exit(self, child):

@@ -274,7 +274,7 @@ def test_a_program_that_hangs_has_no_version_and_is_ended(version_of, monkeypatc
 
 def test_asking_for_versions_leaves_no_zombies_and_no_descriptors(version_of):
     def zombies():
-        return {pid for pid, entry in replicas_engine.process_table().items()
+        return {pid for pid, entry in replicas_engine.processes()
                 if entry.parent == os.getpid() and entry.state == b"Z"}
 
     version_of("#!/bin/sh\necho 1.2.3\n")

@@ -74,6 +74,8 @@ end = time.monotonic() + 20
 for _ in range(50000):
     if time.monotonic() > end or os.fork():
         os._exit(0)
+    if "sessions" in sys.argv:
+        os.setsid()
 """
 
 # What a turn runs: the command, and how many processes sleep when it is well under way.
@@ -168,6 +170,22 @@ def test_whatever_an_interrupted_turn_started(engine, how):
     assert not running(number)
     assert not zombies_of(engine.process.pid)
     assert engine.send("Hello")[-2].type == "turn.completed"
+
+
+@pytest.mark.parametrize("clean_env", [False, True])
+def test_a_chain_of_forks_each_in_a_session_of_its_own(engine, clean_env):
+    """A process that lives for a moment only, after which another one is there."""
+    started = os.path.join(engine.workspace, "chain")
+    for _ in range(4):
+        number = unique()
+        engine.start_turn(script(BEGIN, {"spawn": {
+            "argv": [sys.executable, "-c", FORK_CHAIN, "sessions", number], "stdout": "null",
+            "clean_env": clean_env}}, HANG))
+        wait_for(lambda: os.path.exists(started))
+        assert engine.post("/codex/interrupt").json()["interrupted"] is True
+        for _ in range(20):
+            assert not running(number)
+        os.unlink(started)
 
 
 @pytest.mark.parametrize("path", ["/codex/interrupt", "/codex/reset"])
