@@ -58,8 +58,37 @@ def tree(extra=(), suite=SUITE):
     return path
 
 
+def cgroup_folders():
+    """The folders of our own control group: cgroups(7), in the hierarchies by which systemd knows
+    a service's processes."""
+    with open("/proc/self/cgroup") as groups, open("/proc/self/mountinfo") as mounts:
+        groups = [line.rstrip("\n").split(":", 2) for line in groups]
+        mounts = [line.split() for line in mounts]
+    for _, controllers, group in groups:
+        for mount in mounts:
+            kind, _, options = mount[mount.index("-") + 1:]
+            if (kind == "cgroup2" and controllers == ""
+                    or kind == "cgroup" and controllers == "name=systemd" in options.split(",")):
+                yield os.path.normpath(os.path.join(mount[4], os.path.relpath(group, mount[3])))
+                break
+
+
+def remove_cgroup(folder):
+    """Removes a control group in which nothing runs any more, and those in it."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        try:
+            os.rmdir(path)
+        except OSError:
+            pass
+    return not os.path.exists(folder)
+
+
 def sweep():
-    """Clears away what test runs that were killed have left: a mount and a folder."""
+    """Clears away what test runs that were killed have left: control groups, mounts, folders."""
+    for folder in cgroup_folders():
+        for group in glob.glob(os.path.join(folder, "replicas-*-*")):
+            if not os.path.exists("/proc/" + os.path.basename(group).split("-")[1]):
+                remove_cgroup(group)
     for base in glob.glob(os.path.join(CACHE, "run-*-*")):
         if not os.path.exists("/proc/" + os.path.basename(base).split("-")[1]):
             subprocess.run(["umount", os.path.join(base, "root")], stderr=subprocess.DEVNULL)
@@ -71,7 +100,8 @@ class Machine:
     """A booted machine. A context manager: nothing of it is left afterwards."""
 
     def __init__(self, extra=(), suite=SUITE, binds=()):
-        self.name = "replicas-" + uuid.uuid4().hex[:12]
+        self.name = "replicas-%d-%s" % (os.getpid(), uuid.uuid4().hex[:12])
+        self.cgroups = [os.path.join(folder, self.name) for folder in cgroup_folders()]
         self.lower = tree(extra, suite)
         self.binds = binds
         self.leader = None
@@ -129,8 +159,13 @@ class Machine:
             return file.read()
 
     def boot(self):
-        # It goes when we are killed, and the machine with it.
-        command = ["setpriv", "--pdeathsig", "KILL",
+        # It has a control group of its own: two machines in one would take each other's processes
+        # for theirs. It goes when we are killed, and the machine with it.
+        for folder in self.cgroups:
+            os.makedirs(folder, exist_ok=True)
+        command = ["sh", "-c", 'while [ "$1" != -- ]; do echo $$ >"$1/cgroup.procs"; shift; done;'
+                   ' shift; exec "$@"', "sh"] + self.cgroups + ["--"]
+        command += ["setpriv", "--pdeathsig", "KILL",
                    "systemd-nspawn", "--quiet", "-D", self.root, "--boot", "--register=no",
                    "--keep-unit", "-M", self.name, "--private-network", "--console=pipe"]
         command += ["--bind-ro=%s:%s" % bind for bind in self.binds]
@@ -178,6 +213,11 @@ class Machine:
 
     def close(self):
         self.halt()
+        for folder in self.cgroups:
+            for _ in range(50):  # The dead leave it a moment later.
+                if remove_cgroup(folder):
+                    break
+                time.sleep(0.1)
         if self._mounted:
             for _ in range(50):
                 if subprocess.run(["umount", self.root], stderr=subprocess.DEVNULL).returncode == 0:

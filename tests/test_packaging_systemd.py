@@ -596,7 +596,8 @@ def test_kill_9(with_codex):
     machine.wait_for(lambda: machine.get("/health")[0] == 200)
     assert machine.out("pgrep -f '[s]leep 3579' || true") == ""
     ending = events(machine.get("/codex/events", machine.secret())[1])
-    assert ending[-2][1]["error"]["code"] == "engine_restarted" and ending[-1][0] == "done"
+    assert ending[-2][0] == "turn.failed" and ending[-1][0] == "done", (ending, machine.journal())
+    assert ending[-2][1]["error"]["code"] == "engine_restarted"
     assert send(machine, "model: say Third.")[0][1]["thread_id"] == thread_id
 
 
