@@ -14,16 +14,18 @@ A turn belongs to the engine and not to the request that started it.
 
 Who owns which state
     CodexRunner  the thread id, the turn in progress, the idempotency keys; all under its lock.
-    Turn         its Codex process, its prompt and its deadlines; touched by its own thread only.
+    Turn         its Codex process, its prompt and its deadlines; its own thread's, but for what
+                 is said to be the runner's lock's.
     TurnLog      one turn's file; appended to by the turn's thread, read by everybody.
     WSGIServer   its connections.  It knows nothing of Codex, nor the Application of sockets.
 On disk (REPLICAS_ENGINE_STATE): `lock`, held while an engine runs; `thread.json`, the thread id;
 `turns/<id>.log`, the kept turns.  What else is known of a turn is read from its log.
 
 The locks: the runner's, a log's Condition and the server's for its connections guard state; none
-of them is taken while another of them is held, nor held across a yield, a socket or a file.  Three
-more let one thread at a time do something: start a process or look who is an orphan, write what the
-runner keeps on disk (which takes the runner's lock inside), write log lines.
+of them is taken while another of them is held, nor held across a yield, a read, a write or a file.
+More of them let one thread at a time do something: open the state directory, start a process or
+look who is an orphan, wake a turn, write what the runner keeps on disk (which takes the runner's
+lock inside), write log lines.
 
 Read it downward: a name is defined above its use.  The sections: Settings, Logging, Errors,
 Requests and responses, Routing, Secret, Turn log and event stream, Processes, Rollouts, Codex,
@@ -84,8 +86,12 @@ class Settings:
     """
 
     def __init__(self, env):
+        self.inherited = dict(env)          # for Codex, to which an empty variable may mean a lot
         self.env = {name: value for name, value in env.items() if value}
         get = self.env.get
+        for name, value in env.items():
+            if "\0" in name + value:
+                raise SettingsError("%s has a NUL character in it" % _shown(name))
         self.home = get("HOME") or _home_of_user()
         self.secret = self._secret()
         self.host = get("HOST")
@@ -96,8 +102,8 @@ class Settings:
         self.codex_home = self._path("CODEX_HOME", os.path.join(self.home, ".codex"))
         self.sandbox = self._sandbox()
         self.model = self._model()
-        self.idle_timeout = self._number("REPLICAS_ENGINE_IDLE_TIMEOUT", 1800)
-        self.turn_timeout = self._number("REPLICAS_ENGINE_TURN_TIMEOUT", 0)
+        self.idle_timeout = self._seconds("REPLICAS_ENGINE_IDLE_TIMEOUT", 1800)
+        self.turn_timeout = self._seconds("REPLICAS_ENGINE_TURN_TIMEOUT", 0)
         self.state = self._path("REPLICAS_ENGINE_STATE", self._default_state())
         self.max_body = self._number("REPLICAS_ENGINE_MAX_BODY", 32 * 1024 * 1024, least=1)
         self.max_connections = self._number("REPLICAS_ENGINE_MAX_CONNECTIONS", 256, least=1)
@@ -129,12 +135,16 @@ class Settings:
                                 % (name, _shown(text), least, most))
         return int(text)
 
+    def _seconds(self, name, default):
+        text = self.env.get(name, str(default)).strip()
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+            raise SettingsError("%s=%s is not a number of seconds" % (name, _shown(text)))
+        return float(text)
+
     def _path(self, name, default):
         path = self.env.get(name, default)
         if path == "~" or path.startswith("~/"):
             path = self.home + path[1:]
-        if "\0" in path:
-            raise SettingsError("%s has a NUL character in it" % name)
         return os.path.abspath(path)
 
     def _sandbox(self):
@@ -368,6 +378,15 @@ def unavailable(error, details):
     return HTTPError(503, error, details)
 
 
+@contextlib.contextmanager
+def explained(error, advice):
+    """Within, an OSError becomes `unavailable`, with what to do."""
+    try:
+        yield
+    except OSError as problem:
+        raise unavailable(error, "%s: %s" % (problem, advice)) from None
+
+
 # ---------------------------------------------------------------------------------------------
 # Requests and responses
 # ---------------------------------------------------------------------------------------------
@@ -376,8 +395,14 @@ def _refuse_constant(name):
     raise ValueError("%s is not JSON (RFC 8259, section 6)" % name)
 
 
-# Integers are read as floats: nothing here computes with them, and Python 3.11 and newer refuse
-# an int of more than 4,300 digits.  What is passed on is the text, never the value.
+def _integer(digits):
+    """An int; None for one of more than 300 digits, since Python 3.11 and newer refuse to read some
+    of those, and nobody means them."""
+    return int(digits) if len(digits) <= 300 else None
+
+
+json_value = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer)
+# For what is passed on as text, and only looked into: there a float is as good and read faster.
 json_text = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
 
 
@@ -396,6 +421,7 @@ class Request:
         self.environ = environ
         self.method = environ["REQUEST_METHOD"]
         self.path = environ.get("PATH_INFO", "")
+        self.body = b""
 
     def header(self, name):
         """The field's value, several lines joined with commas, or None."""
@@ -410,14 +436,14 @@ class Request:
             raise HTTPError(400, "Invalid query", "a parameter is given more than once")
         return query
 
-    def body(self, limit):
+    def read_body(self, limit):
         """The whole body.  Raises HTTPError 413 above `limit` bytes, and 400 if it breaks off."""
         length = self.environ.get("CONTENT_LENGTH") or None
+        if length is None and not self.environ.get("HTTP_TRANSFER_ENCODING"):
+            return b""
         too_large = HTTPError(413, "Request body too large",
                               "the body may have at most %d bytes: see REPLICAS_ENGINE_MAX_BODY"
                               % limit)
-        if length is None and not self.environ.get("HTTP_TRANSFER_ENCODING"):
-            return b""
         if length is not None and int(length) > limit:
             raise too_large
         try:
@@ -506,7 +532,7 @@ def check_secret(request, secret):
     given = request.header("X-Replicas-Engine-Secret")
     if not given:
         scheme, _, token = (request.header("Authorization") or "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else ""
+        given = token.strip(" \t") if scheme.lower() == "bearer" else ""
     if not given:
         raise HTTPError(401, "Unauthorized: X-Replicas-Engine-Secret header required",
                         headers=[("WWW-Authenticate", "Bearer")])
@@ -602,7 +628,7 @@ class TurnLog:
             turn_log.start = len(first) + 1
             if not first.startswith(b": {") or file.read(1) != b"\n":
                 raise ValueError("%s has no header" % path)
-            turn_log.header = json.loads(first[2:].decode())
+            turn_log.header = json_value.decode(first[2:].decode())
             turn_log.thread_id = turn_log.header.get("thread_id")
             turn_log.size = turn_log.start
             end = _rfind(file, b"\n\n", size)
@@ -619,7 +645,7 @@ class TurnLog:
         head = self.read(self.start, READ_SIZE).partition(b"\n\n")[0].decode("utf-8", "replace")
         match = re.search(r'^event: thread\.started\ndata: (.*)', head, re.MULTILINE)
         if match:
-            self.thread_id = thread_id_of(json.loads(match.group(1))) or self.thread_id
+            self.thread_id = thread_id_of(json_value.decode(match.group(1))) or self.thread_id
 
     def reopen(self):
         """Make this the writer of a log that was found; cuts off the event that broke off."""
@@ -765,7 +791,7 @@ class TurnLog:
                    "usage": None, "error": None}
         ending = next((e for e in reversed(self.events_at_end(2)) if e[1] in TERMINAL), None)
         if ending:
-            event = json.loads(ending[2])
+            event = json_value.decode(ending[2])
             summary["usage"] = event.get("usage")
             summary["error"] = event.get("error")
             if finished:
@@ -905,7 +931,7 @@ KILL_PATIENCE = 5.0                        # seconds in which the kernel is expe
 PROCESS_POLL = 0.02                        # seconds between two looks at the process table
 
 _starting = threading.Lock()               # a child of ours is started and known, or orphans reaped
-_own_children = set()                      # pids that somebody else waits for; guarded by it
+_own_children = set()                      # pids that somebody else waits for; added to under it
 _reaped = 0                                # how many orphans were; guarded by it
 
 
@@ -950,6 +976,11 @@ def reap_orphans():
 
 
 Process = collections.namedtuple("Process", "parent group state started")
+
+
+def lives(entry):
+    """Whether a Process is one, and no zombie."""
+    return entry.state not in (None, b"Z", b"X")
 
 
 def processes():
@@ -1026,7 +1057,7 @@ class TurnProcesses:
             new = set(children[unvisited.pop()]) - found
             found |= new
             unvisited += new
-        found = {pid for pid in found if table[pid].state not in b"ZX"}
+        found = {pid for pid in found if lives(table[pid])}
         self.seen |= {(pid, table[pid].started) for pid in found}
         self.groups |= {table[pid].group for pid in found} - {0, 1, os.getpgrp()}
         if kill:
@@ -1044,7 +1075,7 @@ class TurnProcesses:
         """Whether it is a child of ours that is nobody else's, one without a mark: an orphan that
         dropped its environment.  Those of earlier turns sit in groups that were there before."""
         return (self.earlier is not None and entry.parent == os.getpid()
-                and pid not in _own_children and entry.state not in b"ZX"
+                and pid not in _own_children and lives(entry)
                 and entry.group not in self.earlier)
 
     def stop(self):
@@ -1070,7 +1101,7 @@ class TurnProcesses:
         """Whether nothing is left: nobody was seen, and nobody died unseen, for he may have left a
         child that is younger than the look at the processes."""
         codex, before = process(self.codex), reap_orphans()
-        if self.find(kill) or codex.started == self.started and codex.state not in b"ZX":
+        if self.find(kill) or codex.started == self.started and lives(codex):
             return False
         return reap_orphans() == before
 
@@ -1393,7 +1424,7 @@ NODE_VERSIONS = ("~/.nvm/versions/node", "~/.local/share/fnm/node-versions",
 PLATFORMS = {"x86_64": ("x86_64-unknown-linux-musl", "codex-linux-x64"),
              "aarch64": ("aarch64-unknown-linux-musl", "codex-linux-arm64")}
 
-VERSION_PATIENCE = 10.0                    # seconds that `codex --version` may take
+VERSION_PATIENCE = 5.0                     # seconds that `codex --version` may take
 
 HOW_TO_INSTALL = ("install it with `npm install -g @openai/codex`, "
                   "or set CODEX_PATH to the program")
@@ -1493,15 +1524,16 @@ def codex_environment(settings, codex, mark):
     CODEX_API_KEY is the only variable with a key that Codex reads (0.50 to 0.169).
     """
     own = SYSTEMD_VARIABLES | LISTENING_VARIABLES
-    env = {name: value for name, value in settings.env.items()
+    env = {name: value for name, value in settings.inherited.items()
            if name not in own and not name.startswith("REPLICAS_ENGINE_")}
-    if "OPENAI_API_KEY" in env:
-        env.setdefault("CODEX_API_KEY", env["OPENAI_API_KEY"])
+    key = env.get("CODEX_API_KEY") or env.get("OPENAI_API_KEY")
+    if key:
+        env["CODEX_API_KEY"] = key
     env["CODEX_HOME"] = settings.codex_home
     env["HOME"] = settings.home
     env[MARK] = mark
     if codex.path:
-        env["PATH"] = codex.path + os.pathsep + env.get("PATH", os.defpath)
+        env["PATH"] = codex.path + os.pathsep + (env.get("PATH") or os.defpath)
     return env
 
 
@@ -1570,7 +1602,11 @@ def _boolean(value, settings):
 def _schema(value, settings):
     if not isinstance(value, dict):
         raise ValueError("must be an object: a JSON Schema")
-    return TurnFile("schema.json", json_bytes(value))
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError("has a number beyond all bounds, or is nested too deeply") from None
+    return TurnFile("schema.json", text.encode())
 
 
 def _images(value, settings):
@@ -1703,8 +1739,8 @@ KEPT_BYTES = 256 * 1024 * 1024
 
 STOP_MESSAGES = {
     "interrupted": "The turn was interrupted",
-    "stalled": "The turn stalled: Codex printed nothing for %d seconds and had no item in progress",
-    "timeout": "The turn took longer than %d seconds",
+    "stalled": "The turn stalled: Codex printed nothing for %g seconds and had no item in progress",
+    "timeout": "The turn took longer than %g seconds",
     "shutdown": "The engine was shut down during the turn",
     "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
 }
@@ -1740,15 +1776,14 @@ class Turn:
         self.over = threading.Event()
         self.forgotten = False              # by a reset; guarded by the runner's lock
         self.stop_code = None               # why it is being stopped; guarded by the runner's lock
-        self._wake_out, self._wake_in = os.pipe()
-
-    def __del__(self):
-        for fd in (self._wake_out, self._wake_in):      # not before: a stop may come to a turn
-            os.close(fd)                                # that is just over
+        self._pipe = os.pipe()              # that wakes its thread; None when the turn is over
+        self._waking = threading.Lock()     # it is written to or closed
 
     def wake(self):
         """From any thread: look at what has changed."""
-        os.write(self._wake_in, b"!")
+        with self._waking:
+            if self._pipe:
+                os.write(self._pipe[1], b"!")
 
     def start(self):
         """Run it in a thread of its own; `ready` and `over` are set whatever comes."""
@@ -1761,7 +1796,7 @@ class Turn:
         """From any thread but its own: its log, once Codex was started.  Raises HTTPError."""
         self.ready.wait()
         if self.problem:
-            raise self.problem
+            raise HTTPError(*self.problem.args)     # a new one: it will hold its stack's frames
         return self.log
 
     # Everything below belongs to the turn's own thread.
@@ -1788,25 +1823,30 @@ class Turn:
             self._end()
 
     def _not_started(self, error):
-        self.problem = error if isinstance(error, HTTPError) else unavailable(
+        self.problem = HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
             "The turn can't be started", str(error))
         self._leave()
         self.runner.not_started(self)
         self.ready.set()
-        self.over.set()
+        self._over()
 
     def _start(self):
         """Start Codex, which does nothing before it has its prompt, and then the log."""
         self.codex = self.runner.prepare(self.options)
-        os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
-        self.options.write_files(self.folder)
+        with explained("Codex's home can't be made", "make the directory, or set CODEX_HOME"):
+            os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
+        make_room = "make room there: see REPLICAS_ENGINE_STATE"
+        with explained("The turn's files can't be written", make_room):
+            self.options.write_files(self.folder)
         mounts = [os.path.join(self.settings.workspace, name) for name in SANDBOX_MOUNTS]
         self.absent = [path for path in mounts if not os.path.lexists(path)]
-        self._launch(self.thread_id)
+        with explained("Codex can't be started", "see CODEX_PATH"):
+            self._launch(self.thread_id)
         codex = {"pid": self.child.pid, "started": self.processes.started}
         header = {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
                   "mark": self.mark, "codex": codex, **self.runner.key_of(self.id)}
-        self.log = self.runner.create_log(self.id, header)
+        with explained("The turn's log can't be written", make_room):
+            self.log = self.runner.create_log(self.id, header)
         self.log.sync()
         log.info("turn %d started: %s, codex pid %d", self.id,
                  "thread %s" % self.thread_id if self.thread_id else "new thread", self.child.pid)
@@ -1842,7 +1882,7 @@ class Turn:
         with selectors.DefaultSelector() as selector:
             for stream in (child.stdin, child.stdout, child.stderr):
                 os.set_blocking(stream.fileno(), False)
-            selector.register(self._wake_out, selectors.EVENT_READ, self._woken)
+            selector.register(self._pipe[0], selectors.EVENT_READ, self._woken)
             selector.register(child.stdin, selectors.EVENT_WRITE, self._write_prompt)
             selector.register(child.stdout, selectors.EVENT_READ, self._read_stdout)
             selector.register(child.stderr, selectors.EVENT_READ, self._read_stderr)
@@ -1882,7 +1922,7 @@ class Turn:
         stream.close()
 
     def _woken(self):
-        os.read(self._wake_out, 4096)
+        os.read(self._pipe[0], 4096)
         if self.stop_code and self.stopper is None and not self.terminal:
             self.stopper = threading.Thread(target=self._stop_processes, daemon=True)
             self.stopper.start()
@@ -1963,7 +2003,6 @@ class Turn:
             if self.skipped <= LOGGED_SKIPS:
                 log.warning("turn %d: skipped a line of %d bytes that is no event", self.id,
                             len(line))
-            log.debug("turn %d: skipped %r", self.id, line[:200])
 
     # What the engine itself learns from an event; a false answer keeps it from the clients.
 
@@ -2042,14 +2081,23 @@ class Turn:
             self.log.finish(lambda: self.runner.release(self))
             log.info("turn %d ended: %s, %d events, %.1f s", self.id, self.terminal or code,
                      self.log.last, time.monotonic() - self.started)
-            self.over.set()
+            self._over()
         reap_orphans()
         self.runner.prune()
+
+    def _over(self):
+        with self._waking:
+            for fd in self._pipe:
+                os.close(fd)
+            self._pipe = None
+        self.over.set()
 
     def _leave(self):
         """Nothing of the turn stays but its log, and what it did in the workspace."""
         if self.problem and self.child:
             self.child.kill()
+            for stream in (self.child.stdin, self.child.stdout, self.child.stderr):
+                stream.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         for path in () if self.terminal else self.absent:
             with contextlib.suppress(OSError):          # not there, or not empty
@@ -2154,7 +2202,7 @@ class CodexRunner:
     def _load_thread(self):
         try:
             with open(self._thread_file(), "rb") as file:
-                return thread_id_of(json.loads(file.read().decode()))
+                return thread_id_of(json_value.decode(file.read().decode()))
         except FileNotFoundError:
             return None
         except (ValueError, AttributeError) as error:
@@ -2168,18 +2216,20 @@ class CodexRunner:
         for name in _list(self.turns):
             if name.endswith(".files"):
                 shutil.rmtree(os.path.join(self.turns, name), ignore_errors=True)
-        for turn_id in self._kept():
-            path = self.turn_path(turn_id)
+        for turn_id, path in self._kept():
+            self.latest = turn_id           # also if it can't be read: no id is given twice
+            if path != self.turn_path(turn_id):
+                continue
             try:
                 turn_log = TurnLog.open(path)
                 codex = turn_log.header["codex"]
-                processes = TurnProcesses(turn_log.header["mark"], codex["pid"], codex["started"])
+                processes = TurnProcesses(turn_log.header["mark"], codex["pid"],
+                                          codex["started"] or 0)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.error("%s is passed over: %r", path, error)
                 if not isinstance(error, OSError):
                     os.replace(path, path + ".broken")
                 continue
-            self.latest = turn_id
             if turn_log.header.get("key"):
                 self.keys[turn_log.header["key"]] = (turn_id, turn_log.header.get("fingerprint"))
             if not turn_log.finished:
@@ -2190,11 +2240,11 @@ class CodexRunner:
     def _recover(self, broken):
         for turn_log, processes in broken:
             log.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
-            try:
-                processes.stop()
-                self._end_broken(turn_log)
-            except Exception:               # a bug, but no reason not to serve
-                log.exception("turn %d can't be put in order", turn_log.turn_id)
+            for put_in_order in (processes.stop, functools.partial(self._end_broken, turn_log)):
+                try:
+                    put_in_order()
+                except Exception:           # a bug, but no reason not to serve
+                    log.exception("turn %d can't be put in order", turn_log.turn_id)
         self.recovered.set()
         self.prune()
 
@@ -2214,24 +2264,36 @@ class CodexRunner:
         Raises HTTPError 409 (one is in progress), 422 (the key belongs to another body), 503, and
         400 for what this version of Codex can't do.
         """
-        self.recovered.wait()
-        with self.lock:
-            earlier, known = self.keys.get(key, (None, fingerprint))
-            if earlier is None:
+        while True:
+            known = self.replay(key, fingerprint)
+            if known:
+                return known
+            with self.lock:
+                if key in self.keys:        # just now
+                    continue
                 self._check_free()
                 turn = self.current = Turn(self, self.latest + 1, self.thread_id, message, options)
                 self.latest = turn.id
                 if key is not None:
                     self.keys[key] = (turn.id, fingerprint)
-            else:
-                turn = self._in_progress(earlier)
+            turn.start()
+            return turn.log_once_started()
+
+    def replay(self, key, fingerprint):
+        """The TurnLog of the turn that `key` started, or None.  Raises HTTPError 422 and 503."""
+        self.recovered.wait()
+        with self.lock:
+            turn_id, known = self.keys.get(key, (None, fingerprint))
+            turn = self._in_progress(turn_id)
         if known != fingerprint:
             raise HTTPError(422, "Idempotency-Key was used with another request",
                             "turn %d was started with this key and another body: "
-                            "use a new key for every message" % earlier)
-        if earlier is None:
-            turn.start()
-        return turn.log_once_started() if turn else self.turn_log(earlier)
+                            "use a new key for every message" % turn_id)
+        if turn_id is None:
+            return None
+        return turn.log_once_started() if turn else self.turn_log(turn_id)
+
+    # The next two are for whoever has the lock.
 
     def _check_free(self):
         if self.closing:
@@ -2244,6 +2306,8 @@ class CodexRunner:
 
     def _in_progress(self, turn_id):
         return self.current if self.current and self.current.id == turn_id else None
+
+    # These are for anybody.
 
     def prepare(self, options):
         """The Codex for a turn with the options.  Raises HTTPError 503 and 400."""
@@ -2291,7 +2355,7 @@ class CodexRunner:
         try:
             return TurnLog.open(self.turn_path(turn_id))
         except (OSError, ValueError):
-            raise HTTPError(404, "No such turn", "there was no turn yet" if not turn_id else
+            raise HTTPError(404, "No such turn", "there was no turn yet" if not self.latest else
                             "turn %d was never started, or is no longer kept" % turn_id) from None
 
     def is_running(self):
@@ -2364,6 +2428,7 @@ class CodexRunner:
     # Files
 
     def create_log(self, turn_id, header):
+        os.makedirs(self.turns, mode=0o700, exist_ok=True)
         turn_log = TurnLog.create(self.turn_path(turn_id), header)
         with self.lock:
             self.logs[turn_id] = turn_log
@@ -2397,15 +2462,16 @@ class CodexRunner:
                 self.logs.pop(turn_log.turn_id, None)
 
     def _kept(self):
-        """The ids of the kept turns, oldest first."""
-        return sorted(int(name[:-len(".log")]) for name in _list(self.turns)
-                      if re.fullmatch(r"[1-9][0-9]{0,17}\.log", name))
+        """(id, file) of the kept turns, oldest first; those that can't be read are `.broken`."""
+        names = (re.fullmatch(r"([1-9][0-9]{0,17})\.log(?:\.broken)?", name)
+                 for name in _list(self.turns))
+        return sorted((int(name.group(1)), os.path.join(self.turns, name.group()))
+                      for name in names if name)
 
     def prune(self):
         """Delete the oldest turns until KEPT_TURNS and KEPT_BYTES are met; the newest stays."""
         count, size = 0, 0
-        for turn_id in reversed(self._kept()):
-            path = self.turn_path(turn_id)
+        for turn_id, path in reversed(self._kept()):
             try:
                 count, size = count + 1, size + os.path.getsize(path)
                 if count > 1 and (count > KEPT_TURNS or size > KEPT_BYTES):
@@ -2415,6 +2481,8 @@ class CodexRunner:
                         self.keys = {key: value for key, value in self.keys.items()
                                      if value[0] != turn_id}
                     os.unlink(path)
+            except FileNotFoundError:       # deleted by another turn's end
+                pass
             except OSError as error:
                 log.error("an old turn can't be deleted: %s", error)
 
@@ -2443,6 +2511,9 @@ def write_file(path, data):
 # Application
 # ---------------------------------------------------------------------------------------------
 
+MAX_HEALTH_BODY = 64 * 1024                # bytes that somebody without the secret may send
+
+
 class Application:
     """The HTTP API as a WSGI application (PEP 3333), for any WSGI server with threads.
 
@@ -2462,6 +2533,7 @@ class Application:
             ("GET", "/codex/history", self.history),
             ("GET", "/codex/status", self.status),
             ("POST", "/codex/reset", self.reset),
+            ("OPTIONS", "", self.options),
         )
 
     def open(self):
@@ -2497,11 +2569,14 @@ class Application:
 
     def _respond(self, request):
         if request.path == "/health" and request.method in ("GET", "HEAD"):
+            request.read_body(MAX_HEALTH_BODY)
             return self.health(request)
         if self.runner is None:
             self.open()
         check_secret(request, self.settings.secret)
-        return self.router.handler(request.method, request.path)(request)
+        handler = self.router.handler(request.method, request.path)
+        request.body = request.read_body(self.settings.max_body)    # whole, or nothing is done
+        return handler(request)
 
     def health(self, request):
         return json_response({"status": "ok", "timestamp": timestamp()})
@@ -2512,16 +2587,17 @@ class Application:
     # POST /codex/send
 
     def send(self, request):
-        body = self._message(request.body(self.settings.max_body))
+        body, fingerprint = self._message(request.body)
         message = body.get("message")
         if not message or not isinstance(message, str):
             raise HTTPError(400, "Message is required and must be a string")
-        options = TurnOptions(body, self.settings)
         key = request.header("Idempotency-Key")
         if key is not None and not 1 <= len(key) <= 255:
             raise bad_parameter("Idempotency-Key", "must be 1 to 255 characters long")
-        fingerprint = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        turn_log = self.runner.send(message, options, key, fingerprint)
+        turn_log = self.runner.replay(key, fingerprint)     # whose image may be gone by now
+        if turn_log is None:
+            options = TurnOptions(body, self.settings)
+            turn_log = self.runner.send(message, options, key, fingerprint)
         if prefers_async(request):
             summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
                        "status": turn_log.summary()["status"]}
@@ -2530,14 +2606,16 @@ class Application:
 
     @staticmethod
     def _message(body):
+        """The body's object, and a fingerprint that an equal one has, too."""
         try:
-            value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+            value = json_value.decode(body.decode("utf-8-sig"))
+            fingerprint = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         except (ValueError, RecursionError) as error:
             raise HTTPError(400, "Failed to process message",
                             "the body is not JSON: %s" % error) from None
         if not isinstance(value, dict):
             raise HTTPError(400, "Failed to process message", "the body is no JSON object")
-        return value
+        return value, fingerprint
 
     # GET /codex/events
 
@@ -2651,6 +2729,10 @@ class Application:
     def reset(self, request):
         self.runner.reset()
         return json_response({"message": "Thread reset successfully", "success": True})
+
+    def options(self, request):
+        """OPTIONS * (RFC 9110, 9.3.7), which has no path."""
+        return Response([], 204, [("Allow", "GET, HEAD, OPTIONS, POST")])
 
 
 def reason_phrase(status):
@@ -3497,7 +3579,7 @@ class WSGIServer(ThreadingHTTPServer):
 
 def listen(host, port):
     """A listening socket; by default on every interface, IPv4 and IPv6.  Raises OSError."""
-    if host is None and socket.has_dualstack_ipv6():
+    if host in (None, "::") and socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024,
                                     dualstack_ipv6=True)
     family, _, _, _, address = socket.getaddrinfo(
@@ -3556,16 +3638,20 @@ def serve(settings):
     inherited = systemd_listener()
     try:
         app.open()
-    except (OSError, StateInUse) as error:
-        log.error("the state directory can't be used: %s", error)
+    except StateInUse as error:
+        log.error("%s", error)
         return 1
+    except OSError as error:
+        log.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", settings.state, error)
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
     try:
         listener = inherited or listen(settings.host, settings.port)
     except OSError as error:
-        log.error("can't listen on port %d of %s: %s", settings.port,
-                  settings.host or "every interface", error.strerror or error)
         app.runner.close()
-        return 1
+        log.error("HOST=%s, PORT=%d can't be used: %s", settings.host or "", settings.port,
+                  error.strerror or error)
+        # What may be otherwise in a minute is worth another start.
+        return 1 if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else 2
     server = WSGIServer(listener, app, settings.max_connections, always=("/health",))
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     log.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
@@ -3661,6 +3747,7 @@ def check(settings):
     """Say whether everything is there that a turn needs; the exit status, 0 or 1."""
     results = [_check_codex(settings), _check_key(settings), _check_secret_set(settings),
                _check_folder("workspace", settings.workspace, "WORKSPACE_HOME"),
+               _check_folder("codex home", settings.codex_home, "CODEX_HOME", make=True),
                _check_folder("state", settings.state, "REPLICAS_ENGINE_STATE", make=True),
                _check_port(settings)]
     for good, what in results:
@@ -3727,6 +3814,12 @@ def _check_port(settings):
 
 def main(arguments):
     """The command line; the exit status."""
+    for fd in range(3):                     # lest a socket or a file becomes standard error
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
     start_logging(os.environ)
     faulthandler.enable()                   # where it hung, when systemd's watchdog aborts it
     prctl(PR_SET_DUMPABLE, 0)               # nobody of the same user reads our secret or memory

@@ -150,6 +150,12 @@ def test_routes(client):
         assert client("HEAD", path).status == 200 and client.body == b"", path
 
 
+def test_options_of_the_whole_server(client):
+    assert client("OPTIONS", "").status == 204
+    assert client.headers["Allow"] == "GET, HEAD, OPTIONS, POST"
+    assert client("OPTIONS", "", secret="wrong").status == 401
+
+
 def test_the_router_says_what_it_allows():
     router = Router(("GET", "/a", "get"), ("POST", "/a", "post"))
     assert router.handler("HEAD", "/a") == "get"
@@ -189,6 +195,19 @@ def test_a_body_that_breaks_off(client):
     assert client("POST", "/codex/send", CONTENT_LENGTH="10").status == 400
 
 
+@pytest.mark.parametrize("method, path", [
+    ("POST", "/codex/reset"), ("POST", "/codex/interrupt"), ("GET", "/ping"), ("GET", "/health")])
+def test_nothing_is_done_before_the_body_is_there(client, method, path):
+    assert client(method, path, b"x" * 100).status == 200
+    assert client(method, path, CONTENT_LENGTH="10").status == 400
+    assert client(method, path, CONTENT_LENGTH="99999999").status == 413
+
+
+def test_a_key_that_is_unknown_may_be_anything(client):
+    body = b'{"message":"hi","n":%b}' % (b"1" * 5000)
+    assert client("POST", "/codex/send", body).status == 200
+
+
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", "", "nonsense"])
 def test_a_turn_whatever_the_content_type(client, content_type):
     body = b'\xef\xbb\xbf{"message":"hi","unknown":[1]}'
@@ -209,12 +228,15 @@ def test_codex_that_cannot_be_started(make_client, tmp_path):
     client = make_client(REPLICAS_ENGINE_STATE=str(tmp_path / "b"), WORKSPACE_HOME="/nowhere")
     assert client("POST", "/codex/send", b'{"message":"hi"}').status == 503
     assert "WORKSPACE_HOME" in client.json["details"]
+    client = make_client(REPLICAS_ENGINE_STATE=str(tmp_path / "d"), CODEX_HOME="/proc/nowhere")
+    assert client("POST", "/codex/send", b'{"message":"hi"}').status == 503
+    assert "CODEX_HOME" in client.json["details"]
     program = tmp_path / "codex"
     program.write_text("#!/nowhere/interpreter\n")
     program.chmod(0o755)
     client = make_client(REPLICAS_ENGINE_STATE=str(tmp_path / "c"), CODEX_PATH=str(program))
     assert client("POST", "/codex/send", b'{"message":"hi"}').status == 503
-    assert client.json["details"]
+    assert "CODEX_PATH" in client.json["details"]
     assert client("GET", "/codex/status").json["turn"] is None
     assert client("GET", "/codex/events").status == 404
 

@@ -442,7 +442,7 @@ def check(engine, *arguments):
     return types.SimpleNamespace(status=outcome.returncode, lines=lines, err=outcome.stderr)
 
 
-WHAT = ["codex", "key", "secret", "workspace", "state", "port"]
+WHAT = ["codex", "key", "secret", "workspace", "codex home", "state", "port"]
 
 
 @pytest.fixture
@@ -458,7 +458,8 @@ def test_check_says_ok_for_everything_that_is_there(ready):
     assert result.lines == {
         "codex": ("ok", "%s, version 0.169.0" % harness.STAND_IN_CODEX),
         "key": ("ok", "CODEX_API_KEY"), "secret": ("ok", "REPLICAS_ENGINE_SECRET is set"),
-        "workspace": ("ok", ready.workspace), "state": ("ok", ready.state),
+        "workspace": ("ok", ready.workspace), "codex home": ("ok", ready.codex_home),
+        "state": ("ok", ready.state),
         "port": ("ok", "0 is free")}
     assert result.err == ""
     assert ready.calls() == []                      # no turn for a check
@@ -526,6 +527,10 @@ def test_check_makes_the_state_directory_private(ready):
     assert stat.S_IMODE(os.stat(ready.state).st_mode) == 0o700
 
 
+def test_check_misses_a_home_for_codex(ready):
+    assert "CODEX_HOME" in missing(ready, "codex home", CODEX_HOME="/proc/nowhere")
+
+
 def test_check_misses_a_free_port(ready):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))            # it does not even listen
@@ -549,7 +554,7 @@ def test_check_says_everything_that_is_missing_at_once(ready, tmp_path):
     result = check(ready)
     assert result.status == 1
     verdicts = [result.lines[what][0] for what in WHAT]
-    assert verdicts == ["MISSING"] * 4 + ["ok"] * 2
+    assert verdicts == ["MISSING"] * 4 + ["ok"] * 3
 
 
 def test_check_refuses_a_setting_that_cannot_be_used(ready):

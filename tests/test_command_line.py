@@ -1,5 +1,6 @@
 """The process as a whole: its command line, its start and its end, its log."""
 
+import contextlib
 import os
 import re
 import signal
@@ -104,7 +105,7 @@ def test_check_beside_a_running_engine(complete, engine):
 def test_a_port_in_use(make_engine, engine):
     second = make_engine("second", start=False, PORT=str(engine.port)).start(wait=False)
     assert second.process.wait(harness.PATIENCE) == 1
-    assert "port %d" % engine.port in second.log()
+    assert "PORT=%d" % engine.port in second.log()
 
 
 def test_a_state_directory_in_use(make_engine, engine):
@@ -116,8 +117,38 @@ def test_a_state_directory_in_use(make_engine, engine):
 
 def test_a_state_directory_that_cannot_be_made(make_engine):
     engine = make_engine(start=False, REPLICAS_ENGINE_STATE="/proc/nowhere").start(wait=False)
-    assert engine.process.wait(harness.PATIENCE) == 1
-    assert "state directory" in engine.log() and "Traceback" not in engine.log()
+    assert engine.process.wait(harness.PATIENCE) == 2
+    assert "REPLICAS_ENGINE_STATE=/proc/nowhere" in engine.log()
+    assert "Traceback" not in engine.log()
+
+
+@pytest.mark.parametrize("host", ["999.1.1.1", "no such name"])
+def test_a_host_that_is_none(make_engine, host):
+    engine = make_engine(start=False, HOST=host).start(wait=False)
+    assert engine.process.wait(harness.PATIENCE) == 2
+    assert "HOST=" + host in engine.log() and "Traceback" not in engine.log()
+
+
+def test_without_standard_error(make_engine):
+    """What is opened first must not become standard error, where the log goes."""
+    engine = make_engine(start=False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        engine.port = free.getsockname()[1]
+    engine.env["PORT"] = str(engine.port)
+    engine.process = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"] + engine.program, env=engine.env,
+        cwd=engine.folder)
+
+    def answers():
+        with contextlib.suppress(OSError):
+            return engine.get("/ping").status == 200
+    wait_for(answers)
+    assert engine.send("hi")[-2].type == "turn.completed"
+    assert engine.stop() == 0
+    for folder, _, names in os.walk(engine.state):
+        for name in names:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                assert "/ping 200" not in file.read()
 
 
 def test_the_state_is_private(engine):

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -340,6 +341,44 @@ def test_logs_of_anybody(engine):
     assert engine.status()["turn"] is not None
     assert engine.send("Hello")[-2].type == "turn.completed"
     assert engine.get("/codex/events?turn=1").status == 200
+
+
+@pytest.mark.parametrize("damage", ["rubbish", "a folder"])
+def test_no_id_is_given_twice(engine, damage):
+    """Whatever has become of the newest turn's log."""
+    engine.send("Hello")
+    engine.send("Hello")
+    engine.stop()
+    log = os.path.join(engine.state, "turns", "2.log")
+    os.unlink(log)
+    if damage == "rubbish":
+        with open(log, "wb") as file:
+            file.write(b"rubbish")
+    else:
+        os.mkdir(log)
+    for turn in (3, 4):
+        engine.start()
+        assert engine.send("Hello")[0].id == "%d.1" % turn
+        engine.stop()
+
+
+def test_a_state_directory_that_is_gone(engine):
+    """Whoever cleans up takes what was kept, but doesn't stop the next turn."""
+    engine.send("Hello")
+    shutil.rmtree(engine.state)
+    assert engine.send("Hello")[-2].type == "turn.completed"
+    assert engine.status()["turn"]["status"] == "completed"
+
+
+def test_a_turn_whose_codex_could_not_be_looked_at(engine):
+    """`started` is unknown where /proc hides what it belongs to."""
+    engine.send("Hello")
+    engine.stop()
+    with open(os.path.join(engine.state, "turns", "2.log"), "wb") as file:
+        file.write(b': {"turn":2,"mark":"x","codex":{"pid":%d,"started":null}}\n\n' % os.getpid())
+    engine.start()
+    assert code_of(Reader(engine, 2).result()) == "engine_restarted"
+    assert "Traceback" not in engine.log()
 
 
 # A full disk

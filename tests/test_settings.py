@@ -26,6 +26,11 @@ def test_defaults():
     assert not settings.development
 
 
+def test_fractions_of_seconds():
+    settings = Settings({"REPLICAS_ENGINE_IDLE_TIMEOUT": "0.5", "REPLICAS_ENGINE_TURN_TIMEOUT": "7"})
+    assert (settings.idle_timeout, settings.turn_timeout) == (0.5, 7)
+
+
 def test_workspace_without_a_home():
     assert Settings({}).workspace == "/home/ubuntu"
 
@@ -51,7 +56,7 @@ def test_secret_is_bytes_without_blanks_around():
 
 
 WRONG = [
-    ("PORT", "abc"), ("PORT", "-1"), ("PORT", "65536"), ("PORT", "80.5"), ("PORT", "٣"),
+    ("PORT", "abc"), ("PORT", "-1"), ("PORT", "65536"), ("PORT", "80.5"), ("ANY", "a\0b"), ("PORT", "٣"),
     ("REPLICAS_ENGINE_IDLE_TIMEOUT", "1h"), ("REPLICAS_ENGINE_TURN_TIMEOUT", "-5"),
     ("REPLICAS_ENGINE_MAX_BODY", "0"), ("REPLICAS_ENGINE_MAX_CONNECTIONS", "0"),
     ("REPLICAS_ENGINE_SANDBOX", "none"), ("REPLICAS_ENGINE_SANDBOX", "Read-Only"),

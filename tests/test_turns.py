@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -453,6 +454,23 @@ def settled(engine, threads, descriptors):
         now = resources(engine)
         return now if now[0] <= threads and now[1] <= descriptors and not now[2] else None
     return wait_for(look, "threads and descriptors to go")[3]
+
+
+def test_turns_that_cannot_start_leave_nothing(engine, tmp_path):
+    engine.send("Hello")
+    os.rename(engine.state, engine.state + ".away")
+    os.mkdir(engine.state)
+    with open(os.path.join(engine.state, "turns"), "wb"):
+        pass                                # where the folder should be
+    threads, descriptors = resources(engine)[:2]
+    for _ in range(50):
+        answer = engine.post("/codex/send", {"message": "Hello"})
+        assert answer.status == 503 and "REPLICAS_ENGINE_STATE" in answer.json()["details"]
+    settled(engine, threads, descriptors)
+    assert "ResourceWarning" not in engine.log()
+    shutil.rmtree(engine.state)
+    os.rename(engine.state + ".away", engine.state)
+    assert engine.send("Hello")[0].id == "2.1"
 
 
 def stream_head(engine, turn):
