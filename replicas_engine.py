@@ -1747,8 +1747,13 @@ STOP_MESSAGES = {
 # Mount points that the sandbox of Codex 0.169 makes while a command runs, and leaves when Codex is
 # stopped meanwhile; an empty .git keeps git from cloning into the workspace.
 SANDBOX_MOUNTS = (".git", ".agents", ".aws", ".codex")
-UNKNOWN_THREAD = re.compile(rb"no rollout found|(thread|session|conversation)[^\n]{0,99} not found",
-                            re.IGNORECASE)
+# What Codex 0.50, 0.98 and 0.169 say of a rollout that is gone, and of one without its beginning, as
+# a power cut may leave it.
+UNKNOWN_THREAD = re.compile(
+    rb"no rollout found|(?:thread|session|conversation)[^\n]{0,99} not found|empty session file"
+    rb"|failed to parse (?:thread|conversation) ID"
+    rb"|rollout at [^\n]{1,4200} (?:is empty|does not start with session metadata)",
+    re.IGNORECASE)
 
 
 class Turn:

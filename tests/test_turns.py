@@ -230,10 +230,13 @@ def test_a_lost_thread(make_engine, version):
     assert engine.send("And again")[0].json()["thread_id"] == thread
 
 
-def test_a_lost_thread_of_the_real_codex(make_engine, model):  # noqa: F811
-    codex = harness.codex_program("0.169.0")
+@pytest.mark.parametrize("version, rollout", [
+    ("0.169.0", None), ("0.169.0", b""), ("0.169.0", b"{}\n"), ("0.98.0", b""), ("0.98.0", b"{}\n"),
+    ("0.50.0", b""), ("0.50.0", b"{}\n")])
+def test_a_lost_thread_of_the_real_codex(make_engine, model, version, rollout):  # noqa: F811
+    codex = harness.codex_program(version)
     if codex is None:
-        conftest.unavailable("Codex 0.169.0 is not installed: see tests/run")
+        conftest.unavailable("Codex %s is not installed: see tests/run" % version)
     engine = make_engine(start=False, CODEX_PATH=codex, CODEX_API_KEY="a key")
     model(engine.codex_home)
     engine.start()
@@ -242,6 +245,9 @@ def test_a_lost_thread_of_the_real_codex(make_engine, model):  # noqa: F811
     engine.restart()
     for path in glob.glob(os.path.join(engine.codex_home, "**", "rollout-*"), recursive=True):
         os.unlink(path)
+        if rollout is not None:
+            with open(path, "wb") as file:
+                file.write(rollout)
     events = engine.send("model: say I am here.")
     assert [event.type for event in events].count("thread.started") == 1
     assert events[0].json()["thread_id"] != lost
