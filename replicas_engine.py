@@ -558,7 +558,7 @@ def check_secret(request, secret):
 #     data: {}
 #
 # An event's data has no line end of its own, so b"\n\nid: 7.5\n" stands in the file just once and
-# finding an event is finding that.  Times aren't written: the file was last modified when its
+# finding an event is finding that.  When it came isn't written: the file was last modified when its
 # last event was appended.
 
 EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
