@@ -3106,32 +3106,36 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     def read_head(self):
         """The next request's line and fields with their CRLFs, or None if there is none."""
-        connection, searched = self.connection, 0
-        deadline = None
-        if connection.buffer or self.spare:
-            deadline = time.monotonic() + (SPARE_TIMEOUT if self.spare else HEAD_TIMEOUT)
+        connection, searched, begun = self.connection, 0, False
+        begin = time.monotonic()
+        deadline = begin + SPARE_TIMEOUT if self.spare else None
         while True:
             if connection.buffer.startswith(b"\r\n"):       # 2.2: empty lines before a request
                 connection.take(EMPTY_LINES.match(connection.buffer).end())
             end = connection.buffer.find(b"\r\n\r\n", searched)
             if 0 <= end <= MAX_HEAD - 4:
                 return connection.take(end + 4)[:-2]
-            if connection.buffer:
+            if connection.buffer not in (b"", b"\r"):       # more than empty lines
                 check_partial_head(connection.buffer, searched)
+                if not begun and not self.spare:
+                    deadline = time.monotonic() + HEAD_TIMEOUT
+                begun = True
             searched = max(0, len(connection.buffer) - 3)
-            if not self.await_bytes(deadline):
+            if not self.await_bytes(deadline, begun):
                 return None
-            deadline = deadline or time.monotonic() + HEAD_TIMEOUT
+            deadline = deadline or begin + IDLE_TIMEOUT
 
-    def await_bytes(self, deadline):
-        """More of a head, by the deadline if it has begun; False if no request is under way."""
+    def await_bytes(self, deadline, begun):
+        """More bytes, by the deadline if there is one; False if no request has begun."""
         limit = IDLE_TIMEOUT
-        self.idle = deadline is None        # before the next look, as the server does it last
+        self.idle = not (begun or self.spare)       # before the next look: the server does it last
         if deadline:
-            limit = max(0, deadline - time.monotonic())
-        elif self.server.closing:
-            limit = 0                       # only what is there already
+            limit = deadline - time.monotonic()
+        if self.server.closing and self.idle:
+            limit = min(limit, 0.0)         # only what is there already
         try:
+            if limit < 0 and not begun:     # empty lines may come without a pause, and for ever
+                raise TimeoutError
             if self.connection.receive(limit):
                 self.idle = False
                 return True
@@ -3140,7 +3144,7 @@ class WSGIRequestHandler(BaseRequestHandler):
             reason = BadRequest(408, "the head was not complete in time")
         if self.spare:
             raise too_many()
-        if deadline:
+        if begun:
             raise reason
         return False
 
@@ -3385,9 +3389,9 @@ def check_partial_head(head, checked):
     end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
     if end >= checked:
         parse_request_line(head[:end])
-    elif end < 0 and len(head) > MAX_REQUEST_LINE:
+    elif end < 0 and len(head) - head.endswith(b"\r") > MAX_REQUEST_LINE:
         raise BadRequest(414, "the request line is longer than %d bytes" % MAX_REQUEST_LINE)
-    elif end < 0 and head != b"\r" and not PARTIAL_REQUEST_LINE.fullmatch(head):
+    elif end < 0 and not PARTIAL_REQUEST_LINE.fullmatch(head):
         raise BadRequest(400, "the request line is malformed (RFC 9112, 3)")
     if len(head) >= MAX_HEAD:
         raise BadRequest(431, "the head is larger than %d bytes" % MAX_HEAD)

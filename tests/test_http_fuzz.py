@@ -456,6 +456,7 @@ def test_limits_agree(size):
         assert (read_naively(data) is None) == (size == 1), data[:100]
         check(data)
         check(data, range(0, len(data), 7))
+        check(data, [data.index(b"\r\n") + 1])
 
 
 def test_fuzz():

@@ -618,9 +618,8 @@ def test_silent_connections_are_closed(serve):
         assert fresh.is_closed() and used.is_closed()
 
 
-@pytest.mark.parametrize("data", (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 30000,
-                                  b"\r\n" * 15000))
-def test_head_that_drips_is_408(serve, data):
+def test_head_that_drips_is_408(serve):
+    data = b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 30000
     served = serve(Application(), HEAD_TIMEOUT=0.4, LINGER_TIMEOUT=0.4, LINGER_PAUSE=0.1)
     with Client(served.port) as client:
         with contextlib.suppress(ConnectionError):
@@ -630,9 +629,37 @@ def test_head_that_drips_is_408(serve, data):
             pytest.fail("nobody ended it")
 
 
+@pytest.mark.parametrize("size", (1, 2, 60000))
+def test_empty_lines_are_no_request(serve, size):
+    """However they come they keep nothing open, and get no answer (RFC 9112, 2.2)."""
+    served = serve(Application(), IDLE_TIMEOUT=0.4, HEAD_TIMEOUT=0.1, LINGER_PAUSE=0.1)
+    data = b"\r\n" * 30000
+    with Client(served.port) as client:
+        with pytest.raises(ConnectionError):
+            for place in range(0, 10 ** 6 * size, size):
+                client.send(data[place % 2:place % 2 + size])
+                time.sleep(0.01 if size < 10 else 0)
+    with Client(served.port) as client:
+        client.send(b"\r\n\r")
+        assert client.is_closed()           # and no 408
+
+
+@pytest.mark.parametrize("end", (b"\r\n", b"\r\n\r\n\r\n", b"\r"))
+def test_empty_lines_behind_a_body(serve, end):
+    served = serve(Application(), HEAD_TIMEOUT=0.05)
+    post = request(b"POST /echo HTTP/1.1", b"Content-Length: 2", body=b"{}")
+    with Client(served.port, post + end) as client:
+        assert client.answer()[2] == b"{}"
+        time.sleep(0.2)                     # they began no head: it has no deadline
+        client.send((b"\n" if end == b"\r" else b"") + post + end)
+        assert client.answer()[2] == b"{}"
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.is_closed()
+
+
 def test_half_a_head_is_408(serve):
     served = serve(Application(), HEAD_TIMEOUT=0.2)
-    for data in (b"G", b"GET / HTTP/1.1\r\nHost: a\r\n", b"\r\n", b"\r"):
+    for data in (b"G", b"GET / HTTP/1.1\r\nHost: a\r\n", b"\r\nG"):
         with Client(served.port, request(b"GET / HTTP/1.1") + data) as client:
             assert client.answer()[0] == 200
             answer = client.answer()
