@@ -3088,6 +3088,7 @@ class WSGIRequestHandler(BaseRequestHandler):
         self.connection.linger()
 
     def handle_one_request(self):
+        head = None
         try:
             head = self.read_head()
             if head is None:
@@ -3095,8 +3096,10 @@ class WSGIRequestHandler(BaseRequestHandler):
             self.started = time.perf_counter()
             environ = self.parse_head(head)
         except BadRequest as error:
+            self.is_head = (head or self.connection.buffer).startswith(b"HEAD ")
             self.refuse(error)
             return
+        self.is_head = environ["REQUEST_METHOD"] == "HEAD"
         if self.spare and environ["PATH_INFO"] not in self.server.always:
             self.refuse(too_many())
         else:
@@ -3233,19 +3236,17 @@ class WSGIRequestHandler(BaseRequestHandler):
         """Answer what is no request, and close the connection."""
         self.started = time.perf_counter()
         self.close_connection = True
-        self.version, self.is_head = 1, False
-        self.head_sent = False
+        self.version, self.head_sent = 1, False
         body = json_bytes({"error": reason_phrase(error.status), "details": str(error)})
         self.status, self.headers = "%d %s" % (error.status, reason_phrase(error.status)), [
             ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         if error.status == 503:
             self.headers.append(("Retry-After", "5"))
-        self.connection.send(self.head() + body)
+        self.connection.send(self.head() + (b"" if self.is_head else body))  # RFC 9110, 9.3.2
         log.info("refused a request: %d %s", error.status, error)
 
     def run_application(self, environ):
         self.version = int(environ["SERVER_PROTOCOL"] != "HTTP/1.0")
-        self.is_head = environ["REQUEST_METHOD"] == "HEAD"
         self.status = self.headers = None
         self.head_sent = self.chunked = self.probed = False
         outcome = "-"

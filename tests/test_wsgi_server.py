@@ -398,6 +398,22 @@ def test_head_is_get_without_a_body(engine, path):
     assert fields == wanted
 
 
+@pytest.mark.parametrize("data, status", (
+    (b"HEAD / HTTP/1.1\r\n\r\n", 400),                              # without Host
+    (b"HEAD / HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n", 400),
+    (b"HEAD / HTTP/1.1\r\nHost: a\r\nX: y\n", 400),                  # before the head's end
+    (b"\r\nHEAD / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 33000, 431),
+    (request(b"HEAD / HTTP/1.1", b"Transfer-Encoding: gzip"), 501),
+    (request(b"HEAD / HTTP/1.1", b"Expect: x"), 417),
+    (request(b"HEAD /fails HTTP/1.1"), 500)))
+def test_refusal_of_head_has_no_body(serve, data, status):
+    """RFC 9110, 9.3.2: what stood behind the head would be taken for another answer."""
+    with Client(serve(Application(), valid=False).port, data) as client:
+        answer = client.answer(is_head=True)
+        assert answer[0] == status and answer[1]["connection"] == "close"
+        assert client.is_closed()
+
+
 @pytest.mark.parametrize("fields", ((), (b"Connection: keep-alive",)))
 def test_http_1_0_stream_ends_with_the_connection(engine, fields):
     engine.send("hello")
@@ -799,6 +815,9 @@ def test_too_many_connections(make_engine, tmp_path):
                for _ in range(4)]
     for stream in streams:
         assert stream.head()[0] == 200
+    with Client(engine.port, request(b"HEAD /ping HTTP/1.1", KEY[:-2])) as client:
+        assert client.answer(is_head=True)[0] == 503
+        assert client.is_closed()
     for data in (PING, PING * 2, b"\r\n" + PING[:9], PING[:50]):
         with Client(engine.port, data) as client:
             status, fields, body = client.answer()
