@@ -2825,6 +2825,7 @@ MAX_REQUEST_LINE = 8 * 1024                # bytes, above it 414
 MAX_HEAD = 32 * 1024                       # bytes of request line and fields, above it 431
 MAX_FIELDS = 100                           # above it 431
 MAX_CHUNK_LINE = 4 * 1024                  # bytes of a chunk's size with its extensions
+MAX_CHUNK_EXCESS = 16 * 1024               # bytes by which chunks' framing may outweigh their data
 MAX_TRAILERS = 8 * 1024                    # bytes of a chunked body's trailer section
 IDLE_TIMEOUT = 75.0                        # seconds between two requests
 HEAD_TIMEOUT = 10.0                        # seconds from a head's first byte to its last
@@ -2846,11 +2847,12 @@ PARTIAL_REQUEST_LINE = re.compile(
 EMPTY_LINES = re.compile(rb"(?:\r\n)*")                                # 2.2
 FIELDS = re.compile(rb"(?:" + TOKEN + rb":" + VALUE + rb"\r\n)*")       # 5
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
-ORIGIN_FORM = re.compile(rb"(/(?:" + PCHAR + rb"|/)*)(?:\?((?:" + PCHAR + rb"|[/?])*))?")   # 3.2.1
+ORIGIN_FORM = re.compile(rb"(\*|/(?:" + PCHAR + rb"|/)*)(?:\?((?:" + PCHAR
+                         + rb"|[/?])*))?")                               # 3.2.1, or 3.2.4
 ABSOLUTE_FORM = re.compile(rb"http://([^/?]+)(.*)", re.IGNORECASE)      # 3.2.2
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)"
-                  rb"(?::([0-9]{0,5}))?")                               # RFC 9110, 7.2
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:"
+                  rb"(?::([0-9]*))?")                                   # RFC 9110, 7.2
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:"
                         + TOKEN + rb"|" + QUOTED + rb"))?)*")           # 7.1
 BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 TRAILER = re.compile(rb"|(" + TOKEN + rb"):" + VALUE)
@@ -2981,6 +2983,7 @@ class RequestBody(io.RawIOBase):
         self.complete = length == 0
         self.broken = False
         self.waits = True
+        self._excess = 0                    # bytes of the chunks' framing beyond what is usual
         self.expects_continue = expects_continue
         self._begin = None
         self._received = 0
@@ -3015,8 +3018,16 @@ class RequestBody(io.RawIOBase):
                 pass
 
     def _next_chunk(self):
-        size = self._line(MAX_CHUNK_LINE, CHUNK_LINE).group(1)
+        match = self._line(MAX_CHUNK_LINE, CHUNK_LINE)
+        size = match.group(1).lstrip(b"0") or b"0"
+        if len(size) > 16:
+            raise BadRequest(413, "a chunk is larger than any body")
         self.left = int(size, 16)
+        # A byte a chunk is fine, 4,000 bytes of extensions for each aren't (CVE-2023-39326).
+        framing = len(match.group()) + 4            # with the CRLFs behind it and the data
+        self._excess = max(0, self._excess + framing - 16 - 2 * self.left)
+        if self._excess > MAX_CHUNK_EXCESS:
+            raise BadRequest(400, "the chunks carry too little for their extensions")
         if self.left == 0:
             self._trailers()
             self.complete = True
@@ -3182,7 +3193,7 @@ class WSGIRequestHandler(BaseRequestHandler):
         host = check_host(host.encode("latin-1")) if host is not None else None
         if not target.startswith(b"/"):
             target = self.absolute_target(environ, target, host)
-        match = ORIGIN_FORM.fullmatch(target)
+        match = ORIGIN_FORM.fullmatch(target)       # or "*", which came through absolute_target
         if not match:
             raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
         path, query = match.groups()
@@ -3193,9 +3204,9 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     @staticmethod
     def absolute_target(environ, target, host):
-        """The origin-form of a target in another form; none of the other forms is served."""
-        if target == b"*" and environ["REQUEST_METHOD"] == "OPTIONS":   # 3.2.4: the server's own
-            return b"/"
+        """The origin-form of a target in another form, or `*` (3.2.4)."""
+        if target == b"*" and environ["REQUEST_METHOD"] == "OPTIONS":
+            return target
         match = ABSOLUTE_FORM.fullmatch(target)
         if not match:
             raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
@@ -3203,31 +3214,38 @@ class WSGIRequestHandler(BaseRequestHandler):
         if not authority[0] or (host is not None and host != authority):
             raise BadRequest(400, "the request target and Host differ (RFC 9112, 3.2.2)")
         rest = match.group(2)
+        if not rest and environ["REQUEST_METHOD"] == "OPTIONS":
+            return b"*"
         return rest if rest.startswith(b"/") else b"/" + rest
 
     def parse_framing(self, environ):
         """Where the body ends (6.3)."""
         is_old = environ["SERVER_PROTOCOL"] == "HTTP/1.0"
         length, coding = environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")
-        if length is not None and not re.fullmatch(r"[0-9]+", length):
-            raise BadRequest(400, "Content-Length is malformed (RFC 9110, 8.6)")
-        if length is not None and len(length) > 18:
-            raise BadRequest(413, "Content-Length is larger than any body")
+        if length is not None:
+            if not re.fullmatch(r"[0-9]+", length):
+                raise BadRequest(400, "Content-Length is malformed (RFC 9110, 8.6)")
+            # Without zeros, for the application too: Python reads no number of 5,000 digits.
+            length = environ["CONTENT_LENGTH"] = length.lstrip("0") or "0"
+            if len(length) > 18:
+                raise BadRequest(413, "Content-Length is larger than any body")
         if coding is not None:
             if length is not None or is_old:
                 raise BadRequest(400, "Transfer-Encoding must not come with Content-Length, "
                                       "nor in HTTP/1.0 (RFC 9112, 6.1)")
             if coding.lower() != "chunked":
                 raise BadRequest(501, "the only transfer coding that is implemented is chunked")
-        expect = environ.get("HTTP_EXPECT", "").lower()
-        if expect not in ("", "100-continue"):
-            raise BadRequest(417, "the only expectation that is implemented is 100-continue")
+        expect = environ.get("HTTP_EXPECT")
+        if expect:                          # a list, perhaps with empty elements: RFC 9110, 5.6.1.2
+            expect = {member.strip(" \t") for member in expect.lower().split(",")} - {""}
+            if expect - {"100-continue"}:
+                raise BadRequest(417, "the only expectation that is implemented is 100-continue")
         if coding is None and length in (None, "0"):
             self.body = None
             environ["wsgi.input"] = io.BytesIO()
         else:
             self.body = RequestBody(self.connection, None if coding else int(length),
-                                    expect and not is_old)
+                                    bool(expect) and not is_old)
             environ["wsgi.input"] = io.BufferedReader(self.body, BUFFER_SIZE)
 
     # Answering
@@ -3449,14 +3467,15 @@ def check_host(value):
     """(host, port) of a Host field or an authority.  Raises BadRequest."""
     match = HOST.fullmatch(value)
     host, port = match.groups() if match else (None, None)
+    port = int(port.lstrip(b"0")[:6] or 0) if port else 80      # six digits are too many anyhow
     try:
         if host and host.startswith(b"["):
             socket.inet_pton(socket.AF_INET6, host[1:-1].decode())
     except OSError:
         match = None
-    if not match or int(port or 0) > 65535:
+    if not match or port > 65535:
         raise BadRequest(400, "the Host is malformed (RFC 9110, 7.2)")
-    return host.lower(), int(port or 80)
+    return host.lower(), port
 
 
 class WSGIServer(ThreadingHTTPServer):

@@ -5,7 +5,7 @@ carries the right secret where a head can carry it, so that nothing is refused f
 
 MALFORMED: {name: bytes}.  The answer is one 4xx or 501, and the connection is closed.
 VALID: {name: (bytes, status, part of the answer's body or b"")}.  The connection stays in step,
-unless its name ends in ", closes".
+unless its name ends in ", closes".  A tuple is of statuses that are all right.
 """
 
 from harness import SECRET
@@ -96,7 +96,7 @@ series("cl_value", lambda value: post(b"Content-Length: " + value, body=b"{}   "
        b"+2", b"-1", b"-0", b"0x5", b"5 5", b"5,5", b"5, 5", b"5, 6", b"", b" ", b"\xd9\xa5",
        b"\xc2\xb2", b"5\xb2", b"5.0", b"5e0", b"5;", b"\"5\"", b"five", b"5\0", b"1_0", b"0b1",
        b"2 ,", b",2", b"\x0b2", b"2\x0c", b"99999999999999999999", b"18446744073709551618",
-       b"9" * 5000, b"NaN", b"2\t2", b"\xff")
+       b"9" * 5000, b"0" * 5000 + b"9" * 19, b"0" * 5000 + b"x", b"NaN", b"2\t2", b"\xff")
 
 # Chunks
 
@@ -119,7 +119,7 @@ malformed(
     chunk_size_h=chunks(b"2h\r\n{}\r\n0\r\n\r\n"),
     chunk_size_arabic=chunks(b"\xd9\xa2\r\n{}\r\n0\r\n\r\n"),
     chunk_size_17_digits=chunks(b"10000000000000002\r\n{}\r\n0\r\n\r\n"),
-    chunk_size_17_zeros=chunks(b"00000000000000000\r\n\r\n"),
+    chunk_size_17_zeros_and_17_digits=chunks(b"0" * 17 + b"10000000000000002\r\n{}\r\n0\r\n\r\n"),
     chunk_size_overlong=chunks(b"0" * 5000 + b"2\r\n{}\r\n0\r\n\r\n"),
     chunk_size_lf=chunks(b"2\n{}\r\n0\r\n\r\n"),
     chunk_size_cr=chunks(b"2\r{}\r\n0\r\n\r\n"),
@@ -138,6 +138,9 @@ malformed(
     chunk_terminator_is_spill=chunks(b"2\r\n{}XX0\r\n\r\n"),
     chunk_last_with_sign=chunks(b"2\r\n{}\r\n-0\r\n\r\n"),
     chunk_last_with_0x=chunks(b"2\r\n{}\r\n0x0\r\n\r\n"),
+    chunk_ext_in_every_chunk=chunks((b"1;" + b"a" * 4000 + b"\r\n \r\n") * 5000 + b"0\r\n\r\n"),
+    chunk_ext_in_some_chunks=chunks((b"1;a=" + b"b" * 90 + b"\r\n \r\n") * 300 + b"0\r\n\r\n"),
+    chunk_zeros_in_every_chunk=chunks((b"0" * 100 + b"1\r\n \r\n") * 300 + b"0\r\n\r\n"),
 )
 series("chunk_ext", lambda value: chunks(b"2" + value + b"\r\n{}\r\n0\r\n\r\n"),
        b";", b";;", b"; ", b";a;", b";=b", b";a=", b";a=\"", b";a=\"b", b";a=b\"", b";a=\"b\"c",
@@ -258,7 +261,8 @@ malformed(
 )
 series("host", lambda value: head(host=b"Host: " + value),
        b"a b", b"a/b", b"a?b", b"a#b", b"user@a", b"http://a", b"a:b", b"a:80:80", b"a:-1",
-       b"a:+80", b"a:65536", b"a:999999", b"a: 80", b"a :80", b"[::1", b"::1", b"[::1]x",
+       b"a:+80", b"a:65536", b"a:999999", b"a:000065536", b"a:" + b"9" * 5000, b"a:0x50",
+       b"a: 80", b"a :80", b"[::1", b"::1", b"[::1]x",
        b"[::1]:x", b"[::g]", b"[1.2.3.4]", b"[]", b"[::1]]", b"[:::]", b"[1::2::3]", b"[v1.a]",
        b"[fe80::1%eth0]", b"a\\b", b"a\"b", b"<a>", b"a|b", b"a^b", b"a%", b"a%g0", b"\xe4",
        b"a\0b", b"a\x01", b"a\x7f", b"{a}", b"a`b", b"a, a", b"a\tb", b"[[::1]]")
@@ -271,7 +275,8 @@ series("field", lambda value: head(b"GET /ping HTTP/1.1", value),
        b"X: a\x7fb", b"X: a\rb", b"X: a\nb", b"X: a\n", b"X: a\r", b"X: a\r\n b", b"X: a\r\n\tb",
        b"X: a\r\n \r\n", b"X: a\n\nb", b"\rX: y", b"X:\x00", b"X\r: y", b"X\n: y",
        b"GET /ping HTTP/1.1", b"X: y\r\r\n", b"Expect: 200-ok", b"Expect: 100-continue, x",
-       b"Expect: 100-continue-x")
+       b"Expect: 100-continue-x", b"Expect: ,x", b"Expect: 100-continue\r\nExpect: x",
+       b'Expect: x=",100-continue,"', b"Expect: 100-continue 100-continue")
 
 
 # Valid
@@ -318,7 +323,10 @@ valid("absolute-form in 1.0 without Host, closes",
       b"GET http://localhost/ping HTTP/1.0\r\n" + KEY + b"\r\n\r\n")
 ok("absolute-form of an absolute-form", line=b"GET http://localhost/http://localhost/ HTTP/1.1",
    status=404)
-ok("asterisk", line=b"OPTIONS * HTTP/1.1", status=404)
+ok("asterisk", line=b"OPTIONS * HTTP/1.1", status=(204, 401, 404))
+ok("OPTIONS in absolute-form without a path", line=b"OPTIONS http://localhost HTTP/1.1",
+   status=(204, 401, 404))
+ok("OPTIONS in absolute-form with a query", line=b"OPTIONS http://localhost?a HTTP/1.1", status=404)
 ok("OPTIONS of a path", line=b"OPTIONS /ping HTTP/1.1", status=405)
 ok("HEAD", line=b"HEAD /ping HTTP/1.1")
 ok("HEAD of nothing", line=b"HEAD /nothing HTTP/1.1", status=404)
@@ -349,6 +357,11 @@ ok("Host without space", host=b"Host:localhost")
 ok("Host in capitals", host=b"HOST: LOCALHOST")
 ok("Host with port", host=b"Host: localhost:3737")
 ok("Host with an empty port", host=b"Host: localhost:")
+ok("Host with a port of many digits", host=b"Host: localhost:000003737")
+ok("Host with a port of very many digits", host=b"Host: localhost:" + b"0" * 5000 + b"80")
+ok("Host with port 0", host=b"Host: localhost:0")
+ok("absolute-form with leading zeros in its port",
+   line=b"GET http://localhost:000080/ping HTTP/1.1")
 ok("Host is IPv4", host=b"Host: 127.0.0.1:3737")
 ok("Host is IPv6", host=b"Host: [::1]")
 ok("Host is IPv6 with port", host=b"Host: [2001:db8::1]:3737")
@@ -391,6 +404,9 @@ ok("Upgrade is passed over", b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: 
 ok("TE", b"TE: trailers, deflate;q=0.5", b"Connection: TE")
 ok("Expect without a body", b"Expect: 100-continue")
 ok("empty Expect", b"Expect:")
+ok("Expect with empty elements", b"Expect: , 100-continue ,,\t")
+ok("Expect of empty elements", b"Expect: ,,")
+ok("Expect twice", b"Expect: 100-continue", b"Expect: 100-Continue")
 ok("Content-Length: 0", b"Content-Length: 0")
 ok("Content-Length: 000", b"Content-Length: 000")
 body("GET with a body", b"Content-Length: 5", data=b"hello", status=200, part=b"pong",
@@ -410,6 +426,9 @@ body("HEAD with a body", b"Content-Length: 5", data=b"hello", status=200, part=b
 body("POST without a body", data=b"", part=b"not JSON")
 body("Content-Length", b"Content-Length: 2")
 body("Content-Length with leading zeros", b"Content-Length: 0000002")
+body("Content-Length with 30 leading zeros", b"Content-Length: " + b"0" * 30 + b"2")
+body("Content-Length with 9000 leading zeros", b"Content-Length: " + b"0" * 9000 + b"2")
+ok("Content-Length of 9000 zeros", b"Content-Length: " + b"0" * 9000)
 body("Content-Length with OWS", b"content-length:\t2 ")
 body("Content-Length and Expect, but the body came at once", b"Content-Length: 2",
      b"EXPECT: 100-CONTINUE")
@@ -422,6 +441,12 @@ body("chunked with leading zeros", CHUNKED, data=b"0000000002\r\n{}\r\n00000\r\n
 body("chunked in capital hex", CHUNKED, data=b"A\r\n{        }\r\n0\r\n\r\n")
 body("chunked in small hex", CHUNKED, data=b"a\r\n{        }\r\n0\r\n\r\n")
 body("chunked with 16 digits", CHUNKED, data=b"0000000000000002\r\n{}\r\n0\r\n\r\n")
+body("chunked with 17 digits", CHUNKED, data=b"00000000000000002\r\n{}\r\n0\r\n\r\n")
+body("chunked with 4000 digits", CHUNKED,
+     data=b"0" * 3999 + b"2\r\n{}\r\n" + b"0" * 4000 + b"\r\n\r\n")
+body("chunked byte by byte", CHUNKED, data=b"1\r\n \r\n" * 30000 + b"2\r\n{}\r\n0\r\n\r\n")
+body("chunk extensions with enough data", CHUNKED,
+     data=(b"64;a=" + b"b" * 90 + b"\r\n" + b" " * 100 + b"\r\n") * 1000 + b"2\r\n{}\r\n0\r\n\r\n")
 body("chunk extension", CHUNKED, data=b"2;a\r\n{}\r\n0\r\n\r\n")
 body("chunk extension with value", CHUNKED, data=b"2;a=b;c=d\r\n{}\r\n0;e\r\n\r\n")
 body("chunk extension with BWS", CHUNKED, data=b"2 ;\ta = b ; c\t=\td\r\n{}\r\n0\r\n\r\n")
