@@ -2876,17 +2876,21 @@ class Disconnected(ConnectionError):
     """The client is gone, or has been too slow to be waited for."""
 
 
-_libc_send = ctypes.PyDLL(None).send
-_libc_send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
-_libc_send.restype = ctypes.c_ssize_t
+try:
+    _libc_send = ctypes.PyDLL(None).send
+    _libc_send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+    _libc_send.restype = ctypes.c_ssize_t
+except (OSError, AttributeError):           # this Python can't call the C library's
+    def _libc_send(fd, data, size, flags):
+        return 0
 
 
 def send_at_once(fd, data):
     """send(2) as much as the kernel takes without waiting; how many bytes that were.
 
-    Unlike a socket's own methods this keeps Python's global lock meanwhile, a few microseconds.
-    Where many connections wait for that lock, giving it up and getting it back again costs a
-    quarter of an answer.  Whatever goes wrong counts as 0: the socket's own method then tells.
+    Unlike a socket's own methods this keeps Python's global lock meanwhile, a few microseconds:
+    who gives it up has to queue for it again, behind every connection that has something to do.
+    Whatever goes wrong counts as 0: the socket's own method then tells.
     """
     return max(0, _libc_send(fd, data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL))
 
@@ -2926,8 +2930,9 @@ class Connection:
         try:
             self.sock.sendall(data[sent:])
         except OSError as error:
-            # Closing is a reset then: the kernel would keep what the client doesn't take.
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(OSError):      # it may have been closed
+                # Closing is a reset then: the kernel would keep what the client doesn't take.
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             raise Disconnected(str(error)) from None
 
     def has_hung_up(self):

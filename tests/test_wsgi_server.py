@@ -738,6 +738,20 @@ def test_large_upload_to_a_busy_application_is_kept_back(serve):
         app.proceed.set()
 
 
+@pytest.mark.parametrize("at_once", (replicas_engine.send_at_once, lambda fd, data: 0))
+def test_send(monkeypatch, at_once):
+    """Also where the C library's send(2) can't be called; a closed socket is no other error."""
+    monkeypatch.setattr(replicas_engine, "send_at_once", at_once)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()) as sock, listener.accept()[0] as peer:
+            connection = replicas_engine.Connection(sock)
+            connection.send(b"hello")
+            assert peer.recv(100) == b"hello"
+            sock.close()
+            with pytest.raises(replicas_engine.Disconnected):
+                connection.send(b"hello")
+
+
 # Clients that disappear
 
 @pytest.mark.parametrize("leave", (Client.close, Client.reset))
