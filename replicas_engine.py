@@ -2858,6 +2858,9 @@ BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 TRAILER = re.compile(rb"|(" + TOKEN + rb"):" + VALUE)
 NOTHING = re.compile(rb"")
 SINGLE_FIELDS = frozenset(("HTTP_HOST", "CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING"))
+# Fields that an application must not send: PEP 3333; RFC 9110, 7.6.1
+HOP_BY_HOP = frozenset(("connection", "keep-alive", "te", "trailer", "transfer-encoding",
+                        "upgrade"))
 # Fields that a trailer must not carry, lest anyone merges them into the head: RFC 9110, 6.5.1
 NO_TRAILERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"authorization",
                          b"content-encoding", b"content-type", b"content-range", b"trailer", b"te",
@@ -3263,6 +3266,7 @@ class WSGIRequestHandler(BaseRequestHandler):
         body = json_bytes({"error": reason_phrase(error.status), "details": str(error)})
         self.status, self.headers = "%d %s" % (error.status, reason_phrase(error.status)), [
             ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        self.length = len(body)
         if error.status == 503:
             self.headers.append(("Retry-After", "5"))
         self.connection.send(self.head() + (b"" if self.is_head else body))  # RFC 9110, 9.3.2
@@ -3270,7 +3274,7 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     def run_application(self, environ):
         self.version = int(environ["SERVER_PROTOCOL"] != "HTTP/1.0")
-        self.status = self.headers = None
+        self.status = self.headers = self.length = None
         self.head_sent = self.chunked = self.probed = False
         outcome = "-"
         try:
@@ -3308,7 +3312,16 @@ class WSGIRequestHandler(BaseRequestHandler):
                 exc_info = None             # PEP 3333: avoid a circular reference
         elif self.headers is not None:
             raise AssertionError("start_response was called twice")
-        self.status, self.headers = status, headers
+        length = None                       # what the application says of its body's length
+        for name, value in headers:
+            name = name.lower()
+            if name == "content-length":
+                if length is not None:
+                    raise ValueError("Content-Length is given twice")
+                length = int(value)
+            elif name in HOP_BY_HOP:
+                raise ValueError("%s is not for the application to send" % name)
+        self.status, self.headers, self.length = status, headers, length
         return self.write
 
     def send_result(self, result):
@@ -3317,10 +3330,10 @@ class WSGIRequestHandler(BaseRequestHandler):
             body = result[0] if result else b""
             if self.body:
                 self.body.skip()
-            length = self.content_length()
-            if length is None and not self.is_head:
+            if self.length is None and not self.is_head:
+                self.length = len(body)
                 self.headers.append(("Content-Length", str(len(body))))
-            elif length != len(body) and not self.is_bodiless():
+            elif self.length != len(body) and not self.is_bodiless():
                 raise ValueError("the body does not have the length that its head says")
             head = self.head()
             self.connection.send(head if self.is_bodiless() else head + body)
@@ -3351,16 +3364,12 @@ class WSGIRequestHandler(BaseRequestHandler):
         if self.left:
             raise ValueError("the body is shorter than its head says")
 
-    def content_length(self):
-        """What the application says of its body's length, or None."""
-        return next((int(v) for n, v in self.headers if n.lower() == "content-length"), None)
-
     def is_bodiless(self):
         return self.is_head or self.status[:3] in ("204", "304")        # 6.3
 
     def head(self):
         """The response's head; settles how its body ends, and whether the connection stays."""
-        bodiless, length = self.is_bodiless(), self.content_length()
+        bodiless, length = self.is_bodiless(), self.length
         self.left = None if bodiless else length
         self.chunked = self.version > 0 and not bodiless and length is None
         if bodiless and not self.is_head:   # RFC 9110, 8.6

@@ -459,6 +459,26 @@ def test_response_cannot_be_split(serve, status, headers, pieces):
     assert served.get("good")[0] == 200
 
 
+@pytest.mark.parametrize("fields", (
+    [("Transfer-Encoding", "chunked")], [("TRANSFER-ENCODING", "identity")],
+    [("Connection", "keep-alive")], [("connection", "close")], [("Upgrade", "x")],
+    [("Content-Length", "4"), ("content-length", "4")],
+    [("Content-Length", "4"), ("Content-Length", "5")]))
+@pytest.mark.parametrize("line", (b"GET / HTTP/1.1", b"HEAD / HTTP/1.1", b"GET / HTTP/1.0"))
+@pytest.mark.parametrize("pieces", ([b"body"], [b"bo", b"dy"]))
+def test_framing_is_not_the_applications(serve, fields, line, pieces):
+    """Two framings of one body: the client might choose the other."""
+    def app(environ, start_response):
+        start_response("200 OK", fields)
+        return pieces
+
+    with Client(serve(app, valid=False).port, request(line)) as client:
+        status, answered, _ = client.answer(is_head=line.startswith(b"HEAD"))
+        assert status == 500 and answered["connection"] == "close"
+        assert "transfer-encoding" not in answered and "upgrade" not in answered
+        assert client.is_closed()
+
+
 def test_application_that_fails(serve):
     class Failing(Application):
         def early(self, environ, start_response):
