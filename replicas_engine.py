@@ -2831,8 +2831,8 @@ IDLE_TIMEOUT = 75.0                        # seconds between two requests
 HEAD_TIMEOUT = 10.0                        # seconds from a head's first byte to its last
 BODY_GRACE, BODY_RATE = 20.0, 4096         # a body may take 20 s, and 1 s more per 4 KiB received
 SEND_TIMEOUT = 60.0                        # seconds in which the client takes not one byte more
-LINGER_TIMEOUT, LINGER_PAUSE = 10.0, 2.0   # seconds of reading behind a last answer; between bytes
-LINGER_BYTES = 64 * 1024 * 1024            # bytes that are read behind a last answer
+LINGER_TIMEOUT, LINGER_PAUSE = 60.0, 10.0  # seconds of reading behind a last answer; between bytes
+LINGER_BYTES = 256 * 1024 * 1024           # bytes that are read behind a last answer
 SPARE_CONNECTIONS = 32                     # above the limit, for the paths that always answer
 SPARE_TIMEOUT = 2.0                        # seconds in which their request must be there
 BUFFER_SIZE = 16 * 1024
@@ -2958,7 +2958,11 @@ class Connection:
 
     def linger(self):
         """Close our half and read on for a while: closing with something unread would reset the
-        connection, and might take our last answer from the client (9.6)."""
+        connection, and might take our last answer from the client (9.6).
+
+        Many a client reads it only when everything is sent, so they get about as much time as
+        for nothing at all.  Who has read it and closes is let go at once.
+        """
         deadline, size = time.monotonic() + LINGER_TIMEOUT, 0
         try:
             self.sock.shutdown(socket.SHUT_WR)
@@ -3092,7 +3096,7 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     def setup(self):
         self.connection = Connection(self.request)
-        self.idle = False                   # between two requests
+        self.idle = False                   # between two requests, or behind the last
         self.spare = self.server.register(self)
         self.environ = self.server.environ_of(self.client_address)
         self.last = (None, None)            # a head and its environ
@@ -3104,6 +3108,7 @@ class WSGIRequestHandler(BaseRequestHandler):
                 self.handle_one_request()
         except OSError:                     # the client, or the way to it, is gone
             return
+        self.idle = True
         self.connection.linger()
 
     def handle_one_request(self):
@@ -3533,10 +3538,10 @@ class WSGIServer(ThreadingHTTPServer):
     def register(self, handler):
         """A handler has begun; whether it may answer only the paths in `always`."""
         with self._changed:
-            spare = handler.request not in self._connections
-            if not spare:
-                self._connections[handler.request] = handler
-            return spare
+            for connections in (self._connections, self._spare):
+                if handler.request in connections:
+                    connections[handler.request] = handler
+            return handler.request not in self._connections
 
     def date(self):
         """The Date field's value (RFC 9110, 5.6.7), formatted once a second."""
@@ -3608,15 +3613,18 @@ class WSGIServer(ThreadingHTTPServer):
                 while True:
                     self.process_request(*self.socket.accept())
         deadline = time.monotonic() + timeout
-        with self._changed:
-            while self._connections or self._spare:
-                for sock, handler in self._connections.items():
-                    if handler and handler.idle:
-                        with contextlib.suppress(OSError):
-                            sock.shutdown(socket.SHUT_RD)
-                if not self._changed.wait(min(0.1, deadline - time.monotonic())):
-                    if time.monotonic() >= deadline:
-                        break
+        while True:
+            with self._changed:
+                idle = [sock for connections in (self._connections, self._spare)
+                        for sock, handler in connections.items() if handler and handler.idle]
+            for sock in idle:               # who still sends behind his last answer is reset
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RD)
+            with self._changed:
+                left = deadline - time.monotonic()
+                if not (self._connections or self._spare) or left <= 0:
+                    break
+                self._changed.wait(min(0.1, left))
         self.socket.close()
 
 

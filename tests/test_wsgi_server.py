@@ -28,7 +28,7 @@ import replicas_engine
 
 KEY = b"X-Replicas-Engine-Secret: " + SECRET.encode() + b"\r\n"
 PING = b"GET /ping HTTP/1.1\r\nHost: a\r\n" + KEY + b"\r\n"
-BIG = 24 * 1024 * 1024
+BIG = 80 * 1024 * 1024
 
 
 # Clients
@@ -206,7 +206,8 @@ def serve(monkeypatch):
 
     yield start
     for server, thread in served:
-        server.close(harness.PATIENCE)
+        if server.socket.fileno() >= 0:     # else the test has closed it
+            server.close(harness.PATIENCE)
         thread.join()
     wait_for(lambda: not connection_threads(), "the connections' threads to end")
     wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors to be closed")
@@ -315,6 +316,54 @@ def test_early_answer_to_an_upload(make_engine, framing, status, fields):
         assert answer[0] == status and answer[1]["connection"] == "close"
         assert client.is_closed()
     assert engine.get("/ping").status == 200
+
+
+@pytest.mark.parametrize("spare", (False, True))
+@pytest.mark.parametrize("sends", (False, True))
+def test_lingering_ends_with_the_server(serve, spare, sends):
+    """Its last answer is out: nobody waits for the rest of an upload, nor for the client's end."""
+    served = serve(Application(), max_connections=0 if spare else 1)
+    with Client(served.port, request(b"POST / HTTP/1.1", b"Content-Length: 1000000000")) as client:
+        assert client.answer()[0] == (503 if spare else 200)
+        assert client.is_closed()
+        assert connection_threads()
+        end = threading.Thread(target=served.server.close, args=[harness.PATIENCE])
+        end.start()
+        with contextlib.suppress(ConnectionError):
+            while sends and connection_threads():
+                client.send(b"x" * 1000)
+                time.sleep(0.001)
+        end.join(5)
+        assert not end.is_alive()
+
+
+@pytest.mark.parametrize("leave", (Client.close, Client.reset))
+def test_lingering_ends_with_the_client(serve, leave):
+    served = serve(Application())
+    client = Client(served.port, request(b"POST / HTTP/1.1", b"Content-Length: 100000"))
+    assert client.answer()[0] == 200 and client.is_closed()
+    client.send(b"x" * 1000)
+    leave(client)
+    wait_for(lambda: not connection_threads(), "its thread to end", 5)
+
+
+def test_spare_connections_that_linger_give_way(serve):
+    """One that goes on sending, too: else there would be more threads than spare connections."""
+    served = serve(Application(), max_connections=0, SPARE_CONNECTIONS=2)
+    clients = [Client(served.port, request(b"POST / HTTP/1.1", b"Content-Length: 1000000000"))
+               for _ in range(6)]
+    for client in clients:
+        assert client.answer()[0] == 503
+
+    def send():
+        for client in clients:
+            with contextlib.suppress(ConnectionError):
+                client.send(b"x" * 1000)
+        return len(connection_threads()) <= 2
+
+    wait_for(send, "the oldest to give way", 5)
+    for client in clients:
+        client.close()
 
 
 # Half-closed clients
