@@ -1747,8 +1747,8 @@ STOP_MESSAGES = {
 # Mount points that the sandbox of Codex 0.169 makes while a command runs, and leaves when Codex is
 # stopped meanwhile; an empty .git keeps git from cloning into the workspace.
 SANDBOX_MOUNTS = (".git", ".agents", ".aws", ".codex")
-# What Codex 0.50, 0.98 and 0.169 say of a rollout that is gone, and of one without its beginning, as
-# a power cut may leave it.
+# What Codex 0.50, 0.98 and 0.169 say of a rollout that is gone, and of one without its beginning,
+# as a power cut may leave it.
 UNKNOWN_THREAD = re.compile(
     rb"no rollout found|(?:thread|session|conversation)[^\n]{0,99} not found|empty session file"
     rb"|failed to parse (?:thread|conversation) ID"
@@ -2847,8 +2847,7 @@ PARTIAL_REQUEST_LINE = re.compile(
 EMPTY_LINES = re.compile(rb"(?:\r\n)*")                                # 2.2
 FIELDS = re.compile(rb"(?:" + TOKEN + rb":" + VALUE + rb"\r\n)*")       # 5
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
-ORIGIN_FORM = re.compile(rb"(\*|/(?:" + PCHAR + rb"|/)*)(?:\?((?:" + PCHAR
-                         + rb"|[/?])*))?")                               # 3.2.1, or 3.2.4
+ORIGIN_FORM = re.compile(rb"(|/(?:" + PCHAR + rb"|/)*)(?:\?((?:" + PCHAR + rb"|[/?])*))?")   # 3.2.1
 ABSOLUTE_FORM = re.compile(rb"http://([^/?]+)(.*)", re.IGNORECASE)      # 3.2.2
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)"
                   rb"(?::([0-9]*))?")                                   # RFC 9110, 7.2
@@ -3206,7 +3205,7 @@ class WSGIRequestHandler(BaseRequestHandler):
         host = check_host(host.encode("latin-1")) if host is not None else None
         if not target.startswith(b"/"):
             target = self.absolute_target(environ, target, host)
-        match = ORIGIN_FORM.fullmatch(target)       # or "*", which came through absolute_target
+        match = ORIGIN_FORM.fullmatch(target)
         if not match:
             raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
         path, query = match.groups()
@@ -3217,9 +3216,10 @@ class WSGIRequestHandler(BaseRequestHandler):
 
     @staticmethod
     def absolute_target(environ, target, host):
-        """The origin-form of a target in another form, or `*` (3.2.4)."""
+        """The origin-form of a target in another form; empty for `*` (3.2.4), since in PEP 3333 a
+        path is empty or begins with a slash."""
         if target == b"*" and environ["REQUEST_METHOD"] == "OPTIONS":
-            return target
+            return b""
         match = ABSOLUTE_FORM.fullmatch(target)
         if not match:
             raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
@@ -3228,7 +3228,7 @@ class WSGIRequestHandler(BaseRequestHandler):
             raise BadRequest(400, "the request target and Host differ (RFC 9112, 3.2.2)")
         rest = match.group(2)
         if not rest and environ["REQUEST_METHOD"] == "OPTIONS":
-            return b"*"
+            return b""
         return rest if rest.startswith(b"/") else b"/" + rest
 
     def parse_framing(self, environ):

@@ -323,9 +323,9 @@ valid("absolute-form in 1.0 without Host, closes",
       b"GET http://localhost/ping HTTP/1.0\r\n" + KEY + b"\r\n\r\n")
 ok("absolute-form of an absolute-form", line=b"GET http://localhost/http://localhost/ HTTP/1.1",
    status=404)
-ok("asterisk", line=b"OPTIONS * HTTP/1.1", status=(204, 401, 404))
+ok("asterisk", line=b"OPTIONS * HTTP/1.1", status=204)
 ok("OPTIONS in absolute-form without a path", line=b"OPTIONS http://localhost HTTP/1.1",
-   status=(204, 401, 404))
+   status=204)
 ok("OPTIONS in absolute-form with a query", line=b"OPTIONS http://localhost?a HTTP/1.1", status=404)
 ok("OPTIONS of a path", line=b"OPTIONS /ping HTTP/1.1", status=405)
 ok("HEAD", line=b"HEAD /ping HTTP/1.1")

@@ -147,7 +147,7 @@ def naive_target(method, target, host, version):
         host = naive_authority(host.encode("latin-1"))
     if target == b"*":
         need(method == "OPTIONS")
-        return b"*", ""
+        return b"", ""
     if target[:1] != b"/":
         need(target[:7].lower() == b"http://")
         end = 7
@@ -157,7 +157,7 @@ def naive_target(method, target, host, version):
         need(authority[0] != "" and host in (None, authority))
         target = target[end:]
         if target == b"" and method == "OPTIONS":
-            return b"*", ""
+            return b"", ""
         if target[:1] != b"/":
             target = b"/" + target
     path, question, query = target.partition(b"?")
