@@ -279,18 +279,21 @@ class Machine:
         return self.run("systemctl status --no-pager --full replicas-engine.service",
                         check=False).stdout
 
-    def get(self, path, secret=None, port=3737, check=True):
+    def get(self, path, secret=None, port=3737):
         """(status, body) of a GET in the machine; status 0 where there was no answer."""
-        header = "-H 'X-Replicas-Engine-Secret: %s'" % secret if secret else ""
-        got = self.run("curl -s -m 30 -w '\\n%%{http_code}' %s http://127.0.0.1:%d%s" % (
-            header, port, path), check=False).stdout
-        body, _, status = got.rpartition("\n")
-        return int(status), body
+        return self._curl("-m 30", path, secret, port, "", 35)
 
     def post(self, path, body, secret, port=3737, timeout=60):
-        got = self.run("curl -sN -m %d -w '\\n%%{http_code}' -H 'X-Replicas-Engine-Secret: %s'"
-                       " --data-binary @- http://127.0.0.1:%d%s" % (timeout, secret, port, path),
-                       input=json.dumps(body), timeout=timeout + 5, check=False).stdout
+        return self._curl("-m %d --data-binary @/dev/fd/3" % timeout, path, secret, port,
+                          json.dumps(body), timeout + 5)
+
+    def _curl(self, options, path, secret, port, body, timeout):
+        # The secret is not in the arguments, which the agent could read.
+        header = "X-Replicas-Engine-Secret: " + secret if secret else ""
+        got = self.run("IFS= read -r header; { echo \"$header\" | curl -sN -H @- %s"
+                       " -w '\\n%%{http_code}' http://127.0.0.1:%d%s; } 3<&0" % (
+                           options, port, path),
+                       input=header + "\n" + body, timeout=timeout, check=False).stdout
         text, _, status = got.rpartition("\n")
         return int(status), text
 

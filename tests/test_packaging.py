@@ -101,6 +101,13 @@ def test_units_verify(tmp_path):
     assert done.stdout + done.stderr == ""
 
 
+def test_unit_hides_no_process_from_the_engine():
+    """It has to find those of its turns, also the ones that are not dumpable."""
+    with open(script("replicas-engine.service")) as file:
+        settings = re.findall(r"(?m)^\s*(ProtectProc|ProcSubset)\s*=\s*(\S*)", file.read())
+    assert set(settings) <= {("ProtectProc", "default"), ("ProcSubset", "all")}
+
+
 def test_deb_is_reproducible(deb, tmp_path):
     """Another directory, time zone, language and umask, and newer files: the same bytes."""
     copy = tmp_path / "another place" / "checkout"

@@ -487,10 +487,13 @@ def test_a_real_turn(with_codex):
     assert secret not in json.dumps(found)
 
     # Without Codex's sandbox: what is left is the service's own, and the secret is still safe.
-    found = send(machine, "model: run echo yes >/home/ubuntu/outside.txt; echo ran; %s\n"
-                          "model: say That was it." % SNOOP, sandbox_mode="danger-full-access")
+    # Processes that are not dumpable, as the engine is, can be seen: it must find its turns'.
+    engine = "/proc/%d/stat" % machine.pid()
+    found = send(machine, "model: run echo yes >/home/ubuntu/outside.txt; echo ran; ls %s; %s\n"
+                          "model: say That was it." % (engine, SNOOP),
+                 sandbox_mode="danger-full-access")
     command, = commands(found)
-    assert "ran" in command["aggregated_output"].split()
+    assert {"ran", engine} <= set(command["aggregated_output"].split())
     assert "REPLICAS_ENGINE_SECRET" not in command["aggregated_output"].replace(
         "set REPLICAS_ENGINE_SECRET", "")
     assert machine.out("cat /home/ubuntu/outside.txt") == "yes"
