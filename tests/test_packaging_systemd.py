@@ -323,6 +323,17 @@ def test_deb(machine, deb, newer_deb):
     machine.run("dpkg -i " + package)
     assert check_service(machine, port=4000) == secret
 
+    # From the package to a checkout and back, with all kept. A purge after that takes nothing.
+    machine.run("dpkg -r replicas-engine")
+    machine.install()
+    machine.run("dpkg -P replicas-engine")
+    assert check_service(machine, port=4000) == secret
+    out = machine.run("dpkg -i " + put(machine, newer_deb)).stdout
+    assert "replicas-engine 9.9.9 answers on port 4000" in out
+    assert check_service(machine, port=4000) == secret
+    status = json.loads(machine.get("/codex/status", secret, 4000)[1])
+    assert status["engine"]["version"] == "9.9.9"
+
     machine.run("dpkg -P replicas-engine; rm %s" % package)
     assert strange(machine, before) == ([], "")
     assert machine.out("systemctl list-units --all --no-legend 'replicas*'") == ""
