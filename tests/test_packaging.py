@@ -171,8 +171,52 @@ def test_cloud_init_with_a_url_fits_everywhere(tmp_path):
     for line in ("PACKAGE='https://host.test/e.deb?a=1&b=2'", "SHA256='%s'" % ("ab" * 32),
                  "SECRET='s3cret'", "SERVICE_USER='debian'", "PORT='4000'", "CODEX=''"):
         assert re.search("(?m)^%s( |$)" % re.escape(line), first_boot), line
-    done = run(script("cloud-init"), "--secret", "it's")
-    assert done.returncode and "--secret" in done.stderr
+
+
+@pytest.mark.parametrize("option, value, what", [
+    ("--secret", "it's", "letters, digits and"), ("--secret", "a&b", "letters, digits and"),
+    ("--user", "a b", "letters, digits and"), ("--port", "abc", "a number from 1 to 65535"),
+    ("--port", "65536", "a number from 1 to 65535"), ("--url", "nonsense", "https://"),
+    ("--url", "https://host.test/a'b", "letters, digits and"), ("--sha256", "ab", "sha256sum"),
+    ("--deb", "/etc/passwd", "packaging/build-deb"), ("--secret", "", "needs a value")])
+def test_cloud_init_refuses(option, value, what):
+    done = run(script("cloud-init"), option, value)
+    assert done.returncode == 1 and not done.stdout
+    assert option in done.stderr and what in done.stderr
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_first_boot(tmp_path, good):
+    """With stand-ins for what it calls. A setting that was filled in by hand and can't be used must
+    not leave an engine running whose secret nobody knows."""
+    _, files = user_data(tmp_path, "--url", "https://host.test/e.deb", "--secret", "s3cret",
+                         "--codex-api-key", "sk-/a&b?", "--codex", "none")
+    first_boot = files["/run/replicas-engine-first-boot"][1]
+    for folder in ("/run/", "/etc/replicas-engine/"):
+        first_boot = first_boot.replace(folder, "%s/" % tmp_path)
+    (tmp_path / "first-boot").write_text(first_boot)
+    (tmp_path / "settings.env").write_text("#CODEX_API_KEY=\n")
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name, text in [
+            ("python3", 'touch "$4"'), ("apt-get", ":"), ("replicas-engine", ":"),
+            ("systemctl", 'echo "systemctl $*"'),
+            ("replicas-engine-setup", 'echo "setup $*"; case $* in *--secret*) cat ;; esac\n'
+             + ("" if good else "exit 1"))]:
+        (bin / name).write_text("#!/bin/sh\n%s\n" % text)
+        (bin / name).chmod(0o755)
+    done = run("sh", str(tmp_path / "first-boot"),
+               env={"PATH": "%s:%s" % (bin, os.environ["PATH"])})
+    setup = "setup %s --user ubuntu --port 3737 --secret -\ns3cret\n"
+    if good:
+        assert done.returncode == 0, done
+        assert done.stdout == (setup % "--dry-run" + setup % "--allow-sandbox"
+                               + "systemctl restart replicas-engine.service\n")
+        assert (tmp_path / "settings.env").read_text().endswith("\nCODEX_API_KEY=sk-/a&b?\n")
+    else:
+        assert done.returncode == 1, done
+        assert done.stdout == setup % "--dry-run" + (
+            "systemctl disable --now replicas-engine.socket replicas-engine.service\n")
 
 
 def test_cloud_init_with_the_package_in_it(deb, tmp_path):

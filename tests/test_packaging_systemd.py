@@ -390,7 +390,7 @@ def test_on_the_oldest_debian(deb):
 
 def test_cloud_init(tmp_path, deb):
     data = subprocess.run(
-        [CLOUD_INIT, "--deb", deb, "--secret", "fleet-secret", "--codex-api-key", "sk-given",
+        [CLOUD_INIT, "--deb", deb, "--secret", "fleet-secret", "--codex-api-key", "sk-/&given",
          "--port", "4000"],
         stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
     with Machine(["cloud-init"]) as machine:
@@ -409,7 +409,7 @@ def test_cloud_init(tmp_path, deb):
         schema = machine.run("cloud-init schema --config-file %suser-data" % seed)
         assert "Valid schema" in schema.stdout, schema
         check_service(machine, port=4000, secret="fleet-secret")
-        assert "CODEX_API_KEY=sk-given\n" in machine.read(SETTINGS)
+        assert "\nCODEX_API_KEY=sk-/&given\n" in machine.read(SETTINGS)
         assert machine.read("/root/npm-called") == "install --global @openai/codex@latest\n"
         assert machine.out("ls /run/replicas-engine.deb* 2>/dev/null || true") == ""
 
