@@ -239,6 +239,16 @@ def test_install_as_an_ordinary_user_says_so():
     assert done.returncode == 1 and "only root can do this" in done.stderr
 
 
+def test_the_command_says_what_it_is_for():
+    done = run(script("replicas-engine"))
+    assert done.returncode == 2 and "sudo replicas-engine --check" in done.stderr
+    need("setpriv")
+    as_user = ("setpriv", "--reuid=65534", "--clear-groups") if os.geteuid() == 0 else ()
+    done = run(*as_user, "sh", "-s", "--", "--check", input=open(script("replicas-engine")).read(),
+               stdin=None, cwd="/")
+    assert "sudo replicas-engine --check" in done.stderr
+
+
 # ---- try
 
 @pytest.fixture
