@@ -198,7 +198,7 @@ def test_bytecode(installed):
 def test_install_with_options(machine):
     machine.run("useradd --create-home alice")
     out = machine.install("--user alice --port=4000 --workspace '/srv/my work' --secret -",
-                          input="given-by-hand_1\n").stdout
+                          input="given-by-hand_1\r\n").stdout
     assert "answers on port 4000" in out and "alice in /srv/my work" in out
     check_service(machine, "alice", 4000, "given-by-hand_1")
     assert machine.out("stat -c %U '/srv/my work'") == "alice"
@@ -217,6 +217,10 @@ def test_install_with_options(machine):
     check_service(machine, "alice", 4001, "given-by-hand_1")
     assert machine.out(listening).split() == ["0100007F:0FA1"]
     assert machine.get("/health", port=4000)[0] == 0
+    out = machine.out("replicas-engine-setup --host ::1")
+    turn = re.search(r"A turn: ((?:.*\n){3})", out).group(1)
+    assert "http://[::1]:4001/" in turn
+    assert "Codex" in json.loads(machine.out(turn.replace("sudo", "")))["error"]
     machine.run("replicas-engine-setup --port 3737 --host :: --user ubuntu --workspace /home/ubuntu"
                 " --secret by-hand.2")
     check_service(machine, "ubuntu", 3737, "by-hand.2")
@@ -235,10 +239,14 @@ def test_install_says_what_is_missing_and_changes_nothing(machine):
             ("--port 4000 --user root", "as root the agent could"),
             ("--port 70000", "a number from 1 to 65535 is needed, not 70000"),
             ("--port 0x10", "a number from 1 to 65535 is needed, not 0x10"),
-            ("--port 4000 --host example", "an IP address is needed"),
+            ("--port 4000 --host example", "host: an IP address is needed, not example"),
+            ("--host 999.1.1.1", "host: an IP address is needed, not 999.1.1.1"),
+            ("--host 192.0.2.1", "no interface of this machine has the address 192.0.2.1"),
+            ("--port 4000 --workspace /tmp/work", "a /tmp and /var/tmp of its own"),
             ("--port 4000 --workspace relative/path", "an absolute path is needed"),
             ("--port 4000 --workspace /etc/passwd", "is not a directory"),
             ("--port 4000 --secret 'with \"quotes\"'", "--secret: letters, digits and"),
+            ("--port 4000 --secret ''", "--secret needs a value"),
             ("--port 4000 --with-codex", "apt-get install npm"),
             ("--nonsense", "unknown option: --nonsense"),
             ("--port", "--port needs a value")]:
@@ -252,6 +260,34 @@ def test_install_says_what_is_missing_and_changes_nothing(machine):
     machine.run("true")
     assert done.returncode == 1 and "apt-get install python3" in done.stderr
     assert machine.files() == before
+
+
+def test_directories_in_the_settings(installed):
+    machine = installed
+    settings, pid = machine.read(SETTINGS), machine.pid()
+    # What only the service doesn't see.
+    machine.run("ln -s /var/tmp /srv/link; mkdir /tmp/work; chmod 777 /tmp/work")
+    machine.write(SETTINGS, settings + "CODEX_HOME=/srv/link/ch\nWORKSPACE_HOME=/tmp/work\n", 0o600)
+    done = machine.run("replicas-engine-setup", check=False)
+    assert done.returncode == 1 and machine.pid() == pid
+    assert "CODEX_HOME: /srv/link/ch: the service has a /tmp" in done.stderr
+    assert "--workspace: /tmp/work: the service has a /tmp" in done.stderr
+    assert re.search("MISSING +workspace: /tmp/work",
+                     machine.run("replicas-engine --check", check=False).stdout)
+
+    # What isn't there yet, and what the user can't make.
+    machine.write(SETTINGS, settings + "CODEX_HOME='/srv/codex home'\nWORKSPACE_HOME=~/a/b\n"
+                  "REPLICAS_ENGINE_STATE=/srv/deep/state\n", 0o600)
+    machine.run("replicas-engine-setup")
+    check_service(machine)
+    assert machine.out("stat -c '%U %a' '/srv/codex home' /srv/deep/state /srv/deep"
+                       " /home/ubuntu/a /home/ubuntu/a/b").split("\n") == [
+        "ubuntu 700", "ubuntu 700", "root 755", "ubuntu 755", "ubuntu 755"]
+    assert machine.out("ls /srv/deep/state")
+    machine.run("nsenter -t %d -m setpriv --reuid=ubuntu --clear-groups touch '/srv/codex home/x'"
+                % machine.pid())
+    checked = machine.run("replicas-engine --check", check=False).stdout
+    assert re.search("ok +workspace: /home/ubuntu/a/b\nok +state: /srv/deep/state\n", checked)
 
 
 def test_install_with_codex(machine):
@@ -691,7 +727,9 @@ def test_status_with_a_setting_that_cannot_be_used(installed):
     status = machine.status()
     assert re.search(r"replicas-engine\[\d+\]: .*REPLICAS_ENGINE_MAX_BODY", status), status
     assert "status=2" in status and machine.states()[0] == "failed"
-    machine.run("sed -i /MAX_BODY=abc/d %s; systemctl restart replicas-engine" % SETTINGS)
+    done = machine.run("replicas-engine-setup", check=False)
+    assert done.returncode == 1 and "REPLICAS_ENGINE_MAX_BODY=abc" in done.stderr, done
+    machine.run("sed -i /MAX_BODY=abc/d %s; replicas-engine-setup" % SETTINGS)
     check_service(machine)
 
 
@@ -704,8 +742,14 @@ def test_status_with_a_broken_line(installed):
     done = machine.run("replicas-engine-setup", check=False)
     assert done.returncode and "line " + number in done.stderr
     # Mended: it starts by itself.
-    machine.run("sed -i '/^PORT 4000/d' %s" % SETTINGS)
+    mend = "sed -i '/^PORT 4000/d' %s" % SETTINGS
+    machine.run(mend)
     machine.wait_for(lambda: machine.get("/health")[0] == 200)
+    # Or at once, also while what failed is still on its way out.
+    machine.run("echo 'PORT 4000' >>%s; systemctl restart --no-block replicas-engine" % SETTINGS)
+    machine.wait_for(lambda: machine.states()[0] == "deactivating" and "line " in machine.status())
+    machine.run(mend)
+    machine.run("replicas-engine-setup")
 
 
 def test_status_without_codex(installed):
