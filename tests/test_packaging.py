@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -271,18 +273,25 @@ def attempt(checkout, path, **env):
                env=dict({"PATH": path, "HOME": home}, **env), cwd="/")
 
 
-def check_try(checkout, done):
+# Nothing listens at the port of this proxy.
+PROXY = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
+
+
+def check_try(checkout, done, **env):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "event: thread.started" in done.stdout and "event: turn.completed" in done.stdout
     assert "event: done" in done.stdout
     # The lines to go on with work as they are printed.
-    for line in re.findall(r"(?m)^  (curl .*)$", done.stdout):
-        answer = ok("sh", "-c", line.replace("curl", "curl -sf", 1)).stdout
+    lines = re.findall(r"(?m)^  (curl .*)$", done.stdout)
+    assert len(lines) == 3
+    for line in lines:
+        answer = ok("sh", "-c", line.replace("curl", "curl -sf", 1),
+                    env=dict(os.environ, **env)).stdout
         assert answer, line
-    assert "\"has_active_thread\":true" in ok(
-        "sh", "-c", re.search(r"(?m)^  (curl \S*/codex/status .*)$", done.stdout).group(1)).stdout
+        assert "/codex/status" not in line or "\"has_active_thread\":true" in answer
     url = re.search(r"http://127\.0\.0\.1:\d+", done.stdout).group()
-    assert "Stopped" in ok(os.path.join(checkout, "packaging", "try"), "--stop").stdout
+    stopped = ok(os.path.join(checkout, "packaging", "try"), "--stop")
+    assert (stopped.stdout, stopped.stderr) == ("Stopped.\n", "")
     assert run("curl", "-sf", url + "/health").returncode == 7
 
 
@@ -309,9 +318,9 @@ def test_try_with_codex_and_without_a_key(checkout, tmp_path):
     codex = os.path.join(CHECKOUT, ".cache", "codex", "0.169.0", "node_modules", ".bin", "codex")
     if not os.path.exists(codex):
         need("the real Codex")
-    done = attempt(checkout, os.path.dirname(codex) + ":" + os.environ["PATH"])
+    done = attempt(checkout, os.path.dirname(codex) + ":" + os.environ["PATH"], **PROXY)
     assert "tests/stand_in_model" in done.stdout, done.stdout + done.stderr
-    check_try(checkout, done)
+    check_try(checkout, done, **PROXY)
 
 
 def test_try_twice_leaves_one_engine(checkout, tmp_path):
@@ -322,3 +331,12 @@ def test_try_twice_leaves_one_engine(checkout, tmp_path):
     old, new = [re.search(r"http://127\.0\.0\.1:\d+", text).group() for text in (first, second)]
     assert old == new or run("curl", "-sf", old + "/health").returncode == 7
     ok("curl", "-sf", new + "/health")
+    # One that was killed is stopped, without a word.
+    pids = os.path.join(checkout, ".cache", "try", "pids")
+    with open(pids) as file:
+        pid = int(file.read())
+    os.kill(pid, signal.SIGKILL)
+    while os.path.exists("/proc/%d/cmdline" % pid):
+        time.sleep(0.01)
+    stopped = ok(os.path.join(checkout, "packaging", "try"), "--stop")
+    assert (stopped.stdout, stopped.stderr) == ("Stopped.\n", "")
