@@ -314,8 +314,9 @@ class Machine:
             " -o -path /var/lib/dpkg -o -path /var/lib/systemd/timers -o -path '%s' \\) -prune -o"
             " -printf '%%p\\t%%m %%u %%s %%T@ %%l\\n'" % CLONE)
         found = dict(line.split("\t", 1) for line in listing.splitlines())
-        # Kept by the system itself.
+        # Kept by the system itself, and Codex's own.
         for path in ("/", "/etc", "/root", "/var/lib/systemd/random-seed", "/var/lib/systemd",
-                     "/etc/ld.so.cache", "/etc/machine-id", "/etc/.updated", "/var/.updated"):
+                     "/etc/ld.so.cache", "/etc/machine-id", "/etc/.updated", "/var/.updated",
+                     "/home/ubuntu/.codex"):
             found.pop(path, None)
         return found
