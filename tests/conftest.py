@@ -10,11 +10,19 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import harness  # noqa: E402
+import replicas_engine  # noqa: E402
 
 # What a background job or nohup ignores, the engines under test would ignore, too.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def no_subreaper():
+    """An engine in the tests' own process makes it the parent of orphans, and nobody reaps them."""
+    yield
+    replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 0)
 
 
 @pytest.fixture

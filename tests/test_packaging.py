@@ -6,9 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+
+import harness
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGING = os.path.join(CHECKOUT, "packaging")
@@ -336,7 +337,6 @@ def test_try_twice_leaves_one_engine(checkout, tmp_path):
     with open(pids) as file:
         pid = int(file.read())
     os.kill(pid, signal.SIGKILL)
-    while os.path.exists("/proc/%d/cmdline" % pid):
-        time.sleep(0.01)
+    harness.wait_for(lambda: not harness.is_alive(pid))
     stopped = ok(os.path.join(checkout, "packaging", "try"), "--stop")
     assert (stopped.stdout, stopped.stderr) == ("Stopped.\n", "")
