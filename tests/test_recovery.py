@@ -446,7 +446,8 @@ def test_full_in_the_middle_of_a_turn(small_disk, tmp_path, room):
     """Nothing is lost: Codex waits until there is room, and the turn goes on."""
     engine, disk = small_disk
     go_on = str(tmp_path / "go-on")
-    turn = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"count": {"n": 500, "size": 300}},
+    # More than the room, a read and a pipe can take, or Codex would come to its end.
+    turn = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"count": {"n": 800, "size": 300}},
                                     {"complete": True}))
     reader = Reader(engine, turn)
     wait_for(lambda: reader.events)
@@ -456,7 +457,7 @@ def test_full_in_the_middle_of_a_turn(small_disk, tmp_path, room):
     assert engine.status()["turn"]["status"] == "running"
     disk.free()
     events = reader.result()
-    assert numbers_in(events) == list(range(500)) and events[-2].type == "turn.completed"
+    assert numbers_in(events) == list(range(800)) and events[-2].type == "turn.completed"
     assert engine.events(turn) == events
     assert engine.log().count("its log can't be written") < 5
     check_state(engine)
