@@ -18,7 +18,7 @@ CACHE = os.path.join(CHECKOUT, ".cache", "machines")
 SUITE = "trixie"
 PACKAGES = "systemd,systemd-sysv,dbus,python3,curl,libpam-systemd,procps"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-CLONE = "/root/a clone"  # packaging/ works from a clone at any path
+CLONE = "/srv/a clone"  # packaging/ works from a clone at any path
 SETTINGS = "/etc/replicas-engine/settings.env"
 
 
@@ -315,8 +315,8 @@ class Machine:
             " -printf '%%p\\t%%m %%u %%s %%T@ %%l\\n'" % CLONE)
         found = dict(line.split("\t", 1) for line in listing.splitlines())
         # Kept by the system itself, and Codex's own.
-        for path in ("/", "/etc", "/root", "/var/lib/systemd/random-seed", "/var/lib/systemd",
-                     "/etc/ld.so.cache", "/etc/machine-id", "/etc/.updated", "/var/.updated",
-                     "/home/ubuntu/.codex"):
+        for path in ("/", "/etc", "/root", "/srv", "/var/lib/systemd",
+                     "/var/lib/systemd/random-seed", "/etc/ld.so.cache", "/etc/machine-id",
+                     "/etc/.updated", "/var/.updated", "/home/ubuntu/.codex"):
             found.pop(path, None)
         return found

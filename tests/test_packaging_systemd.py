@@ -67,7 +67,7 @@ def newer_deb(tmp_path_factory):
     return build_deb(tmp_path_factory.mktemp("newer"), "9.9.9")
 
 
-def put(machine, file, target="/root/engine.deb"):
+def put(machine, file, target="/srv/engine.deb"):
     shutil.copy(file, machine.path(target))
     return target
 
@@ -174,9 +174,9 @@ def test_bytecode(installed):
 
     # Another module of the same size and time, as two versions of the package may have.
     module = ENGINE + "/replicas_engine.py"
-    machine.run("cp -p %s /root/old; sed -i 's/^__version__ = \"./__version__ = \"8/' %s;"
-                " touch -r /root/old %s" % (module, module, module))
-    assert machine.out("stat -c '%%s %%Y' /root/old %s | uniq | wc -l" % module) == "1"
+    machine.run("cp -p %s /srv/old; sed -i 's/^__version__ = \"./__version__ = \"8/' %s;"
+                " touch -r /srv/old %s" % (module, module, module))
+    assert machine.out("stat -c '%%s %%Y' /srv/old %s | uniq | wc -l" % module) == "1"
     files = machine.files()
     assert "replicas-engine 8." in machine.out("replicas-engine --version")  # and that as root
     machine.run("systemctl restart replicas-engine")
@@ -292,15 +292,15 @@ def test_directories_in_the_settings(installed):
 
 
 def test_install_with_codex(machine):
-    machine.write("/usr/local/bin/npm", '#!/bin/sh\necho "$@" >/root/npm-called\n'
+    machine.write("/usr/local/bin/npm", '#!/bin/sh\necho "$@" >/srv/npm-called\n'
                   "printf '#!/bin/sh\\necho codex-cli 0.169.0\\n' >/usr/local/bin/codex\n"
                   "chmod 755 /usr/local/bin/codex\n", 0o755)
     machine.install("--with-codex")
-    assert machine.read("/root/npm-called") == "install --global @openai/codex\n"
+    assert machine.read("/srv/npm-called") == "install --global @openai/codex\n"
     check_service(machine)
-    machine.run("rm /root/npm-called")
+    machine.run("rm /srv/npm-called")
     machine.install("--with-codex")
-    assert not os.path.exists(machine.path("/root/npm-called"))
+    assert not os.path.exists(machine.path("/srv/npm-called"))
 
 
 def test_where_the_sandbox_is_forbidden(machine):
@@ -400,7 +400,7 @@ def test_deb_where_no_systemd_runs(deb):
     """As when an image is built: enabled, not started."""
     with Machine() as machine:
         put(machine, deb)
-        out = subprocess.run(["chroot", machine.root, "dpkg", "-i", "/root/engine.deb"], check=True,
+        out = subprocess.run(["chroot", machine.root, "dpkg", "-i", "/srv/engine.deb"], check=True,
                              stdout=subprocess.PIPE, universal_newlines=True).stdout
         assert "starts when systemd does" in out
         machine.boot()
@@ -419,7 +419,7 @@ def test_on_the_oldest_debian(deb):
         machine.install("--uninstall")
         machine.run("dpkg -i " + put(machine, deb))
         check_service(machine)
-        machine.run("dpkg -P replicas-engine; rm /root/engine.deb")
+        machine.run("dpkg -P replicas-engine; rm /srv/engine.deb")
         assert strange(machine, before) == ([], "")
 
 
@@ -438,7 +438,7 @@ def test_cloud_init(tmp_path, deb):
                       "datasource_list: [NoCloud]\nnetwork: {config: disabled}\n")
         machine.write("/etc/cloud/ds-identify.cfg", "policy: enabled\n")
         # Its network is its own and empty: npm is one that needs none.
-        machine.write("/usr/local/bin/npm", '#!/bin/sh\necho "$@" >/root/npm-called\n', 0o755)
+        machine.write("/usr/local/bin/npm", '#!/bin/sh\necho "$@" >/srv/npm-called\n', 0o755)
         machine.boot()
         done = machine.run("cloud-init status --wait --long", check=False, timeout=120)
         log = machine.read("/var/log/cloud-init-output.log")
@@ -447,18 +447,18 @@ def test_cloud_init(tmp_path, deb):
         assert "Valid schema" in schema.stdout, schema
         check_service(machine, port=4000, secret="fleet-secret")
         assert "\nCODEX_API_KEY=sk-/&given\n" in machine.read(SETTINGS)
-        assert machine.read("/root/npm-called") == "install --global @openai/codex@latest\n"
+        assert machine.read("/srv/npm-called") == "install --global @openai/codex@latest\n"
         assert machine.out("ls /run/replicas-engine.deb* 2>/dev/null || true") == ""
 
         # The next boot changes nothing.
         settings = machine.read(SETTINGS)
-        machine.run("rm /root/npm-called")
+        machine.run("rm /srv/npm-called")
         machine.halt()
         machine.boot()
         machine.run("cloud-init status --wait", check=False, timeout=120)
         check_service(machine, port=4000, secret="fleet-secret")
         assert machine.read(SETTINGS) == settings
-        assert not os.path.exists(machine.path("/root/npm-called"))
+        assert not os.path.exists(machine.path("/srv/npm-called"))
 
 
 # ---- The units
@@ -565,13 +565,13 @@ class Clients:
         self.machine = machine
         secret = machine.secret()
         shutil.copy(CLIENTS, machine.path("/opt/c.py"))
-        command = machine.enter() + ["env", "-i", "python3", "/opt/c.py", secret, "/root/stop"]
+        command = machine.enter() + ["env", "-i", "python3", "/opt/c.py", secret, "/srv/stop"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, universal_newlines=True)
 
     def finish(self):
-        self.machine.write("/root/stop", "")
+        self.machine.write("/srv/stop", "")
         found = json.loads(self.process.communicate(timeout=60)[0])
-        os.remove(self.machine.path("/root/stop"))
+        os.remove(self.machine.path("/srv/stop"))
         print("8 clients: %(outcomes)s, longest %(longest).2f s" % found)
         return found
 
@@ -697,15 +697,15 @@ def test_status_with_a_port_in_use(installed):
     machine = installed
     machine.run("systemctl stop replicas-engine.socket replicas-engine.service")
     machine.run("python3 -c 'import socket, time; s = socket.create_server((\"\", 3737));"
-                " open(\"/root/hog\", \"w\"); time.sleep(600)' >/dev/null 2>&1 &"
-                " echo $! >/root/hog.pid")
-    machine.wait_for(lambda: os.path.exists(machine.path("/root/hog")))
+                " open(\"/srv/hog\", \"w\"); time.sleep(600)' >/dev/null 2>&1 &"
+                " echo $! >/srv/hog.pid")
+    machine.wait_for(lambda: os.path.exists(machine.path("/srv/hog")))
     machine.run("systemctl start replicas-engine", check=False)
     machine.run("sleep 8")
     machine.wait_for(lambda: re.search(r"replicas-engine\[\d+\]: .*3737.*in use", machine.status()))
     # It waits a little between its attempts, and is there when the port is free.
     assert 1 <= machine.journal().count("Scheduled restart job") <= 4
-    machine.run("kill $(cat /root/hog.pid)")
+    machine.run("kill $(cat /srv/hog.pid)")
     took = machine.wait_for(lambda: machine.get("/health")[0] == 200, 10)
     print("there after the port was free: %.2f s" % took)
     assert machine.states()[:2] == ["active", "active"]
