@@ -27,9 +27,10 @@ More of them let one thread at a time do something: open the state directory, st
 look who is an orphan, wake a turn, write what the runner keeps on disk (which takes the runner's
 lock inside), write log lines.
 
-Read it downward: a name is defined above its use.  The sections: Settings, Logging, Errors,
-Requests and responses, Routing, Secret, Turn log and event stream, Processes, Rollouts, Codex,
-Turn options, Turn and CodexRunner, Application, WSGI server, systemd, Command line.
+The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
+Logging, Settings, Requests and responses, Routing and secret, Turn log, Event stream, Processes,
+Rollouts and history, Codex, Turn options, Turn, CodexRunner, Application, HTTP grammar, Connection
+and bodies, WSGI server, systemd, Check, Command line.
 """
 
 import codecs
@@ -69,147 +70,100 @@ __version__ = "0.2.0"
 
 
 # ---------------------------------------------------------------------------------------------
-# Settings
+# Files and JSON
 # ---------------------------------------------------------------------------------------------
 
-SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
+READ_SIZE = 256 * 1024                     # bytes read at once from a pipe or a file
+BLOCK_SIZE = 64 * 1024                     # bytes of a rollout that are read at once
 
 
-class SettingsError(ValueError):
-    """A setting that can't be used; the message names it and says why."""
+def timestamp(seconds=None):
+    """`seconds` since 1970 (default: now) in ISO 8601, UTC, with milliseconds and Z."""
+    return _timestamp(int((time.time() if seconds is None else seconds) * 1000))
 
 
-class Settings:
-    """What the operator decided, read once from the environment `env`.
-
-    A variable that is set to nothing counts as not set.  Raises SettingsError.
-    """
-
-    def __init__(self, env):
-        self.inherited = dict(env)          # for Codex, to which an empty variable may mean a lot
-        self.env = {name: value for name, value in env.items() if value}
-        get = self.env.get
-        for name, value in env.items():
-            if "\0" in name + value:
-                raise SettingsError("%s has a NUL character in it" % _shown(name))
-        self.home = get("HOME") or _home_of_user()
-        self.secret = self._secret()
-        self.host = get("HOST")
-        self.port = self._number("PORT", 3737, most=65535)
-        self.development = get("NODE_ENV") == "development"
-        self.workspace = self._path("WORKSPACE_HOME", get("HOME") or "/home/ubuntu")
-        self.codex_path = get("CODEX_PATH") and self._path("CODEX_PATH", "")
-        self.codex_home = self._path("CODEX_HOME", os.path.join(self.home, ".codex"))
-        self.sandbox = self._sandbox()
-        self.model = self._model()
-        self.idle_timeout = self._seconds("REPLICAS_ENGINE_IDLE_TIMEOUT", 1800)
-        self.turn_timeout = self._seconds("REPLICAS_ENGINE_TURN_TIMEOUT", 0)
-        self.state = self._path("REPLICAS_ENGINE_STATE", self._default_state())
-        self.max_body = self._number("REPLICAS_ENGINE_MAX_BODY", 32 * 1024 * 1024, least=1)
-        self.max_connections = self._number("REPLICAS_ENGINE_MAX_CONNECTIONS", 256, least=1)
-
-    @classmethod
-    def from_process(cls):
-        """The settings of this process: `.env` in the working directory, then its environment."""
-        env = {}
-        try:
-            with open(".env", encoding="utf-8-sig", errors="surrogateescape") as file:
-                env = parse_dotenv(file.read())
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-                log.warning("the file .env can't be read and is passed over: %s", error)
-        env.update(os.environ)
-        return cls(env)
-
-    def _secret(self):
-        secret = os.fsencode(self.env.get("REPLICAS_ENGINE_SECRET", "")).strip()
-        if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", secret):
-            raise SettingsError("REPLICAS_ENGINE_SECRET has a control character in it, "
-                                "which no HTTP header can carry")
-        return secret or None
-
-    def _number(self, name, default, least=0, most=2 ** 53):
-        text = self.env.get(name, str(default)).strip()
-        if not re.fullmatch(r"[0-9]{1,16}", text) or not least <= int(text) <= most:
-            raise SettingsError("%s=%s is not a whole number from %d to %d"
-                                % (name, _shown(text), least, most))
-        return int(text)
-
-    def _seconds(self, name, default):
-        text = self.env.get(name, str(default)).strip()
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-            raise SettingsError("%s=%s is not a number of seconds" % (name, _shown(text)))
-        return float(text)
-
-    def _path(self, name, default):
-        path = self.env.get(name, default)
-        if path == "~" or path.startswith("~/"):
-            path = self.home + path[1:]
-        return os.path.abspath(path)
-
-    def _sandbox(self):
-        sandbox = self.env.get("REPLICAS_ENGINE_SANDBOX", "workspace-write")
-        if sandbox not in SANDBOX_MODES + ("config",):
-            raise SettingsError("REPLICAS_ENGINE_SANDBOX=%s is none of %s, config"
-                                % (_shown(sandbox), ", ".join(SANDBOX_MODES)))
-        return None if sandbox == "config" else sandbox
-
-    def _model(self):
-        model = self.env.get("REPLICAS_ENGINE_MODEL")
-        problem = model and not_a_name(model)
-        if problem:
-            raise SettingsError("REPLICAS_ENGINE_MODEL %s" % problem)
-        return model
-
-    def _default_state(self):
-        systemd = self.env.get("STATE_DIRECTORY", "").split(":")[0]
-        base = self.env.get("XDG_STATE_HOME", "")
-        if not os.path.isabs(base):    # the XDG Base Directory Specification: ignore a relative one
-            base = os.path.join(self.home, ".local", "state")
-        return systemd or os.path.join(base, "replicas-engine")
+@functools.lru_cache(maxsize=8)             # many requests come within a millisecond
+def _timestamp(milliseconds):
+    return "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000)),
+                         milliseconds % 1000)
 
 
-def _shown(value):
-    """A value as a log line can take it: on one line, and not too long."""
-    return repr(value)[1:-1][:100]
+def writable(fd):
+    """Whether a write to the descriptor `fd` would not block."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
-def _home_of_user():
+def prctl(option, value):
+    """prctl(2); False where the system has no such option."""
     try:
-        return pwd.getpwuid(os.getuid()).pw_dir
-    except KeyError:
-        return "/"
+        return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
+    except (OSError, AttributeError):
+        return False
 
 
-def not_a_name(text):
-    """Why `text` can't be the name of a model (or the like), or None if it can."""
-    if not 1 <= len(text) <= 200:
-        return "must be 1 to 200 characters long"
-    if not all(character.isprintable() for character in text):
-        return "has a character in it that can't be printed"
-    return None
+def _list(folder):
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
-DOTENV_LINE = re.compile(r"""
-    ^[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.-]*)[ \t]*=[ \t]*
-    (?:'(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)" | (?P<bare>[^\r\n]*?))
-    [ \t]*(?:(?<![^\s'"=])\#[^\r\n]*)?\r?$ """, re.VERBOSE | re.MULTILINE | re.DOTALL)
+def temporary_path(path):
+    """Where `write_file` makes the file; `kill -9` may leave it there."""
+    return path + ".tmp"
 
 
-def parse_dotenv(text):
-    """The variables of a `.env` file, read as 0.1.0's library dotenv reads it.
+def write_file(path, data):
+    """Replace the file at `path` so that it is whole at any moment, also after a power cut."""
+    temporary = temporary_path(path)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
-    Lines that assign nothing are passed over; quoted values may span lines; in double quotes
-    backslash escapes count.
-    """
-    env = {}
-    for match in DOTENV_LINE.finditer(text):
-        value = match.group("single")
-        if value is None and match.group("double") is not None:
-            value = re.sub(r"\\(.)", lambda escape: {"n": "\n", "r": "\r", "t": "\t"}.get(
-                escape.group(1), escape.group(1)), match.group("double"), flags=re.DOTALL)
-        env[match.group("name")] = match.group("bare").strip() if value is None else value
-    return env
+
+def _rfind(file, needle, end):
+    """Where `needle` stands last before `end` in the seekable `file`, or -1."""
+    window = b""
+    while end > 0:
+        begin = max(0, end - 64 * 1024)
+        file.seek(begin)
+        window = file.read(end - begin) + window[:len(needle) - 1]
+        found = window.rfind(needle)
+        if found >= 0:
+            return begin + found
+        end = begin
+    return -1
+
+
+def _refuse_constant(name):
+    raise ValueError("%s is not JSON (RFC 8259, section 6)" % name)
+
+
+def _integer(digits):
+    """An int; None for one of more than 300 digits, since Python 3.11 and newer refuse to read some
+    of those, and nobody means them."""
+    return int(digits) if len(digits) <= 300 else None
+
+
+json_value = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer)
+# For what is passed on as text, and only looked into: there a float is as good and read faster.
+json_text = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def json_bytes(value):
+    """`value` as compact UTF-8 JSON; what UTF-8 can't carry is replaced."""
+    return _encode(value).encode("utf-8", "replace")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -307,11 +261,10 @@ class StderrHandler(logging.Handler):
             os.write(2, data)
 
 
-def writable(fd):
-    """Whether a write to the descriptor `fd` would not block."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
+def _is_journal(stream):
+    """Whether standard error is the journal's, as systemd.exec(5) says of $JOURNAL_STREAM."""
+    status = os.fstat(2)
+    return stream == "%d:%d" % (status.st_dev, status.st_ino)
 
 
 def start_logging(env):
@@ -331,26 +284,192 @@ def log_request(level, text):
             handler.put(level, text)
 
 
-def _is_journal(stream):
-    """Whether standard error is the journal's, as systemd.exec(5) says of $JOURNAL_STREAM."""
-    status = os.fstat(2)
-    return stream == "%d:%d" % (status.st_dev, status.st_ino)
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
 
 
-def timestamp(seconds=None):
-    """`seconds` since 1970 (default: now) in ISO 8601, UTC, with milliseconds and Z."""
-    return _timestamp(int((time.time() if seconds is None else seconds) * 1000))
+class SettingsError(ValueError):
+    """A setting that can't be used; the message names it and says why."""
 
 
-@functools.lru_cache(maxsize=8)             # many requests come within a millisecond
-def _timestamp(milliseconds):
-    return "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000)),
-                         milliseconds % 1000)
+def _shown(value):
+    """A value as a log line can take it: on one line, and not too long."""
+    return repr(value)[1:-1][:100]
+
+
+def _home_of_user():
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return "/"
+
+
+def not_a_name(text):
+    """Why `text` can't be the name of a model (or the like), or None if it can."""
+    if not 1 <= len(text) <= 200:
+        return "must be 1 to 200 characters long"
+    if not all(character.isprintable() for character in text):
+        return "has a character in it that can't be printed"
+    return None
+
+
+DOTENV_LINE = re.compile(r"""
+    ^[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.-]*)[ \t]*=[ \t]*
+    (?:'(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)" | (?P<bare>[^\r\n]*?))
+    [ \t]*(?:(?<![^\s'"=])\#[^\r\n]*)?\r?$ """, re.VERBOSE | re.MULTILINE | re.DOTALL)
+
+
+def parse_dotenv(text):
+    """The variables of a `.env` file, read as 0.1.0's library dotenv reads it.
+
+    Lines that assign nothing are passed over; quoted values may span lines; in double quotes
+    backslash escapes count.
+    """
+    env = {}
+    for match in DOTENV_LINE.finditer(text):
+        value = match.group("single")
+        if value is None and match.group("double") is not None:
+            value = re.sub(r"\\(.)", lambda escape: {"n": "\n", "r": "\r", "t": "\t"}.get(
+                escape.group(1), escape.group(1)), match.group("double"), flags=re.DOTALL)
+        env[match.group("name")] = match.group("bare").strip() if value is None else value
+    return env
+
+
+class Settings:
+    """What the operator decided, read once from the environment `env`.
+
+    A variable that is set to nothing counts as not set.  Raises SettingsError.
+    """
+
+    def __init__(self, env):
+        self.inherited = dict(env)          # for Codex, to which an empty variable may mean a lot
+        self.env = {name: value for name, value in env.items() if value}
+        get = self.env.get
+        for name, value in env.items():
+            if "\0" in name + value:
+                raise SettingsError("%s has a NUL character in it" % _shown(name))
+        self.home = get("HOME") or _home_of_user()
+        self.secret = self._secret()
+        self.host = get("HOST")
+        self.port = self._number("PORT", 3737, most=65535)
+        self.development = get("NODE_ENV") == "development"
+        self.workspace = self._path("WORKSPACE_HOME", get("HOME") or "/home/ubuntu")
+        self.codex_path = get("CODEX_PATH") and self._path("CODEX_PATH", "")
+        self.codex_home = self._path("CODEX_HOME", os.path.join(self.home, ".codex"))
+        self.sandbox = self._sandbox()
+        self.model = self._model()
+        self.idle_timeout = self._seconds("REPLICAS_ENGINE_IDLE_TIMEOUT", 1800)
+        self.turn_timeout = self._seconds("REPLICAS_ENGINE_TURN_TIMEOUT", 0)
+        self.state = self._path("REPLICAS_ENGINE_STATE", self._default_state())
+        self.max_body = self._number("REPLICAS_ENGINE_MAX_BODY", 32 * 1024 * 1024, least=1)
+        self.max_connections = self._number("REPLICAS_ENGINE_MAX_CONNECTIONS", 256, least=1)
+
+    @classmethod
+    def from_process(cls):
+        """The settings of this process: `.env` in the working directory, then its environment."""
+        env = {}
+        try:
+            with open(".env", encoding="utf-8-sig", errors="surrogateescape") as file:
+                env = parse_dotenv(file.read())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+                log.warning("the file .env can't be read and is passed over: %s", error)
+        env.update(os.environ)
+        return cls(env)
+
+    def _secret(self):
+        secret = os.fsencode(self.env.get("REPLICAS_ENGINE_SECRET", "")).strip()
+        if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", secret):
+            raise SettingsError("REPLICAS_ENGINE_SECRET has a control character in it, "
+                                "which no HTTP header can carry")
+        return secret or None
+
+    def _number(self, name, default, least=0, most=2 ** 53):
+        text = self.env.get(name, str(default)).strip()
+        if not re.fullmatch(r"[0-9]{1,16}", text) or not least <= int(text) <= most:
+            raise SettingsError("%s=%s is not a whole number from %d to %d"
+                                % (name, _shown(text), least, most))
+        return int(text)
+
+    def _seconds(self, name, default):
+        text = self.env.get(name, str(default)).strip()
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+            raise SettingsError("%s=%s is not a number of seconds" % (name, _shown(text)))
+        return float(text)
+
+    def _path(self, name, default):
+        path = self.env.get(name, default)
+        if path == "~" or path.startswith("~/"):
+            path = self.home + path[1:]
+        return os.path.abspath(path)
+
+    def _sandbox(self):
+        sandbox = self.env.get("REPLICAS_ENGINE_SANDBOX", "workspace-write")
+        if sandbox not in SANDBOX_MODES + ("config",):
+            raise SettingsError("REPLICAS_ENGINE_SANDBOX=%s is none of %s, config"
+                                % (_shown(sandbox), ", ".join(SANDBOX_MODES)))
+        return None if sandbox == "config" else sandbox
+
+    def _model(self):
+        model = self.env.get("REPLICAS_ENGINE_MODEL")
+        problem = model and not_a_name(model)
+        if problem:
+            raise SettingsError("REPLICAS_ENGINE_MODEL %s" % problem)
+        return model
+
+    def _default_state(self):
+        systemd = self.env.get("STATE_DIRECTORY", "").split(":")[0]
+        base = self.env.get("XDG_STATE_HOME", "")
+        if not os.path.isabs(base):    # the XDG Base Directory Specification: ignore a relative one
+            base = os.path.join(self.home, ".local", "state")
+        return systemd or os.path.join(base, "replicas-engine")
 
 
 # ---------------------------------------------------------------------------------------------
-# Errors
+# Requests and responses
 # ---------------------------------------------------------------------------------------------
+
+def reason_phrase(status):
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+class Response:
+    """A status code, header fields and a body: an iterable of bytes."""
+
+    __slots__ = ("status", "headers", "body")
+
+    def __init__(self, body, status=200, headers=()):
+        self.status = status
+        self.headers = list(headers)
+        self.body = body
+
+
+def json_response(value, status=200, headers=()):
+    body = json_bytes(value)
+    return Response([body], status, [("Content-Type", "application/json"),
+                                     ("Content-Length", str(len(body))), *headers])
+
+
+class ClosingIterator:
+    """An iterator with what must be closed after it, also when it was never started."""
+
+    def __init__(self, iterator, *closers):
+        self.iterator = iterator
+        self.closers = closers
+
+    def __iter__(self):
+        return self.iterator
+
+    def close(self):
+        for close in self.closers:
+            close()
+
 
 class HTTPError(Exception):
     """An answer that isn't what the client wanted: `{"error": error, "details": details, ...}`."""
@@ -385,33 +504,6 @@ def explained(error, advice):
         yield
     except OSError as problem:
         raise unavailable(error, "%s: %s" % (problem, advice)) from None
-
-
-# ---------------------------------------------------------------------------------------------
-# Requests and responses
-# ---------------------------------------------------------------------------------------------
-
-def _refuse_constant(name):
-    raise ValueError("%s is not JSON (RFC 8259, section 6)" % name)
-
-
-def _integer(digits):
-    """An int; None for one of more than 300 digits, since Python 3.11 and newer refuse to read some
-    of those, and nobody means them."""
-    return int(digits) if len(digits) <= 300 else None
-
-
-json_value = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer)
-# For what is passed on as text, and only looked into: there a float is as good and read faster.
-json_text = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-def json_bytes(value):
-    """`value` as compact UTF-8 JSON; what UTF-8 can't carry is replaced."""
-    return _encode(value).encode("utf-8", "replace")
 
 
 class Request:
@@ -459,40 +551,40 @@ class Request:
         return body
 
 
-class Response:
-    """A status code, header fields and a body: an iterable of bytes."""
-
-    __slots__ = ("status", "headers", "body")
-
-    def __init__(self, body, status=200, headers=()):
-        self.status = status
-        self.headers = list(headers)
-        self.body = body
+def _whole_number(name, text, least=0):
+    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
+        raise bad_parameter(name, "must be a whole number from %d up" % least)
+    return int(text)
 
 
-def json_response(value, status=200, headers=()):
-    body = json_bytes(value)
-    return Response([body], status, [("Content-Type", "application/json"),
-                                     ("Content-Length", str(len(body))), *headers])
+def prefers_async(request):
+    """RFC 7240, 4.1: whether the client prefers an answer at once."""
+    preferences = (request.header("Prefer") or "").split(",")
+    return any(item.partition(";")[0].strip().lower() == "respond-async" for item in preferences)
 
 
-class ClosingIterator:
-    """An iterator with what must be closed after it, also when it was never started."""
+def accepts_gzip(request):
+    """RFC 9110, 12.5.3: whether Accept-Encoding names gzip (or *) with a weight above 0."""
+    weights = {}
+    for item in (request.header("Accept-Encoding") or "").split(","):
+        coding, _, parameter = item.partition(";")
+        weight = re.fullmatch(r"\s*q=([01](?:\.[0-9]{0,3})?)\s*", parameter, re.IGNORECASE)
+        weights[coding.strip().lower()] = float(weight.group(1)) if weight else 1.0
+    return weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0
 
-    def __init__(self, iterator, *closers):
-        self.iterator = iterator
-        self.closers = closers
 
-    def __iter__(self):
-        return self.iterator
-
-    def close(self):
-        for close in self.closers:
-            close()
+def compress(pieces):
+    """The bytes of the iterable `pieces` in gzip's format (RFC 1952), as a generator."""
+    gzip = zlib.compressobj(1, zlib.DEFLATED, 31)
+    for piece in pieces:
+        data = gzip.compress(piece)
+        if data:
+            yield data
+    yield gzip.flush()
 
 
 # ---------------------------------------------------------------------------------------------
-# Routing
+# Routing and secret
 # ---------------------------------------------------------------------------------------------
 
 class Router:
@@ -517,10 +609,6 @@ class Router:
         return methods[method]
 
 
-# ---------------------------------------------------------------------------------------------
-# Secret
-# ---------------------------------------------------------------------------------------------
-
 def check_secret(request, secret):
     """Raise HTTPError unless `request` carries `secret` (bytes), compared in constant time.
 
@@ -542,7 +630,7 @@ def check_secret(request, secret):
 
 
 # ---------------------------------------------------------------------------------------------
-# Turn log and event stream
+# Turn log
 # ---------------------------------------------------------------------------------------------
 # A log is a text/event-stream (HTML standard, 9.2) as it goes out, event by event:
 #
@@ -565,10 +653,58 @@ EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
 EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
 TERMINAL = ("turn.completed", "turn.failed")
 DONE = (b"done", b"{}")
-READ_SIZE = 256 * 1024                     # bytes read at once from a pipe or a file
-STREAM_SIZE = 32 * 1024                    # and for a reader, of whom there may be hundreds
-KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
-CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether the client is there
+
+
+def thread_id_of(event):
+    """The thread id that a thread.started event names, or None if it names none fit for use."""
+    thread_id = event.get("thread_id")
+    if isinstance(thread_id, str) and re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", thread_id):
+        return thread_id
+    return None
+
+
+def failure(message, code):
+    """The events that end a turn which Codex didn't end, in the form that Codex gives them."""
+    return [(b"error", json_bytes({"type": "error", "message": message})),
+            (b"turn.failed", json_bytes({"type": "turn.failed",
+                                         "error": {"message": message, "code": code}}))]
+
+
+def _outcome(event):
+    """The `status` of a turn that ended with `event`, turn.completed or turn.failed."""
+    if event["type"] == "turn.completed":
+        return "completed"
+    error = event.get("error")
+    interrupted = isinstance(error, dict) and error.get("code") == "interrupted"
+    return "interrupted" if interrupted else "failed"
+
+
+def _parse_event(frame):
+    id_line, event_line, *data = frame.rstrip(b"\n").split(b"\n")
+    text = b"\n".join(line[len(b"data: "):] for line in data)
+    return (int(id_line.rpartition(b".")[2]), event_line[len(b"event: "):].decode(),
+            text.decode("utf-8", "replace"))
+
+
+class _LogFile:
+    """A log as something to seek and read in, its end in memory included."""
+
+    def __init__(self, turn_log):
+        self.log = turn_log
+        self.position = 0
+
+    def __enter__(self):
+        self.file = open(self.log.path, "rb", buffering=0)
+        return self
+
+    def __exit__(self, *exc_info):
+        self.file.close()
+
+    def seek(self, position):
+        self.position = position
+
+    def read(self, size):
+        return self.log.read(self.position, size, self.file)
 
 
 class TurnLog:
@@ -799,62 +935,20 @@ class TurnLog:
         return summary
 
 
-class _LogFile:
-    """A log as something to seek and read in, its end in memory included."""
+# ---------------------------------------------------------------------------------------------
+# Event stream
+# ---------------------------------------------------------------------------------------------
 
-    def __init__(self, turn_log):
-        self.log = turn_log
-        self.position = 0
-
-    def __enter__(self):
-        self.file = open(self.log.path, "rb", buffering=0)
-        return self
-
-    def __exit__(self, *exc_info):
-        self.file.close()
-
-    def seek(self, position):
-        self.position = position
-
-    def read(self, size):
-        return self.log.read(self.position, size, self.file)
+STREAM_SIZE = 32 * 1024                    # and for a reader, of whom there may be hundreds
+KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
+CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether the client is there
 
 
-def _rfind(file, needle, end):
-    """Where `needle` stands last before `end` in the seekable `file`, or -1."""
-    window = b""
-    while end > 0:
-        begin = max(0, end - 64 * 1024)
-        file.seek(begin)
-        window = file.read(end - begin) + window[:len(needle) - 1]
-        found = window.rfind(needle)
-        if found >= 0:
-            return begin + found
-        end = begin
-    return -1
-
-
-def _parse_event(frame):
-    id_line, event_line, *data = frame.rstrip(b"\n").split(b"\n")
-    text = b"\n".join(line[len(b"data: "):] for line in data)
-    return (int(id_line.rpartition(b".")[2]), event_line[len(b"event: "):].decode(),
-            text.decode("utf-8", "replace"))
-
-
-def _outcome(event):
-    """The `status` of a turn that ended with `event`, turn.completed or turn.failed."""
-    if event["type"] == "turn.completed":
-        return "completed"
-    error = event.get("error")
-    interrupted = isinstance(error, dict) and error.get("code") == "interrupted"
-    return "interrupted" if interrupted else "failed"
-
-
-def failure(message, code):
-    """The events that end a turn which Codex didn't end, in the form that Codex gives them."""
-    return [(b"error", json_bytes({"type": "error", "message": message})),
-            (b"turn.failed", json_bytes({"type": "turn.failed",
-                                         "error": {"message": message, "code": code}}))]
+def _event_id(name, text):
+    match = re.fullmatch(r"([1-9][0-9]{0,14})\.([0-9]{1,15})", text)
+    if not match:
+        raise bad_parameter(name, "must be the id of an event, such as 7.4")
+    return int(match.group(1)), int(match.group(2))
 
 
 class EventStream:
@@ -905,12 +999,10 @@ class EventStream:
         self.file.close()
 
 
-def thread_id_of(event):
-    """The thread id that a thread.started event names, or None if it names none fit for use."""
-    thread_id = event.get("thread_id")
-    if isinstance(thread_id, str) and re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", thread_id):
-        return thread_id
-    return None
+def event_stream(turn_log, offset):
+    return Response(EventStream(turn_log, offset), 200,
+                    [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
+                     ("X-Accel-Buffering", "no"), ("X-Replicas-Turn-Id", str(turn_log.turn_id))])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -935,14 +1027,6 @@ _own_children = set()                      # pids that somebody else waits for; 
 _reaped = 0                                # how many orphans were; guarded by it
 
 
-def prctl(option, value):
-    """prctl(2); False where the system has no such option."""
-    try:
-        return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
-    except (OSError, AttributeError):
-        return False
-
-
 class Child(subprocess.Popen):
     """A process that the engine started and waits for; nobody else may reap it."""
 
@@ -960,6 +1044,48 @@ def start_process(argv, **options):
     return child
 
 
+Process = collections.namedtuple("Process", "parent group state started")
+
+
+def lives(entry):
+    """Whether a Process is one, and no zombie."""
+    return entry.state not in (None, b"Z", b"X")
+
+
+def _read_proc(pid, name):
+    try:
+        with open("/proc/%s/%s" % (pid, name), "rb", buffering=0) as file:
+            return file.read(1024 * 1024)
+    except OSError:
+        return b""                          # gone, or not ours to look into
+
+
+def process(pid):
+    """The Process that has the pid now; its fields are None if there is none."""
+    line = _read_proc(pid, "stat")
+    if not line:
+        return Process(None, None, None, None)
+    fields = line[line.rindex(b")") + 2:].split()
+    return Process(int(fields[1]), int(fields[2]), fields[0], int(fields[19]))
+
+
+def processes():
+    """(pid, Process) of all that there are, from /proc/<pid>/stat (proc(5)); `started` tells two
+    processes apart that had the same pid: clock ticks since the machine's boot."""
+    for name in reversed(os.listdir("/proc")):      # the newest first: they may be gone the soonest
+        if name.isdigit():
+            entry = process(name)
+            if entry.started is not None:
+                yield int(name), entry
+
+
+def mark_of(pid):
+    """The mark in the environment with which a process was started, or None."""
+    variable = b"\0" + MARK.encode() + b"="
+    _, found, rest = (b"\0" + _read_proc(pid, "environ")).partition(variable)
+    return rest.partition(b"\0")[0].decode("ascii", "replace") if found else None
+
+
 def reap_orphans():
     """Wait for the dead among the processes that became ours because we are their subreaper; how
     many those were in all."""
@@ -973,48 +1099,6 @@ def reap_orphans():
                 with contextlib.suppress(ChildProcessError):
                     _reaped += os.waitpid(pid, os.WNOHANG)[0] == pid
         return _reaped
-
-
-Process = collections.namedtuple("Process", "parent group state started")
-
-
-def lives(entry):
-    """Whether a Process is one, and no zombie."""
-    return entry.state not in (None, b"Z", b"X")
-
-
-def processes():
-    """(pid, Process) of all that there are, from /proc/<pid>/stat (proc(5)); `started` tells two
-    processes apart that had the same pid: clock ticks since the machine's boot."""
-    for name in reversed(os.listdir("/proc")):      # the newest first: they may be gone the soonest
-        if name.isdigit():
-            entry = process(name)
-            if entry.started is not None:
-                yield int(name), entry
-
-
-def process(pid):
-    """The Process that has the pid now; its fields are None if there is none."""
-    line = _read_proc(pid, "stat")
-    if not line:
-        return Process(None, None, None, None)
-    fields = line[line.rindex(b")") + 2:].split()
-    return Process(int(fields[1]), int(fields[2]), fields[0], int(fields[19]))
-
-
-def _read_proc(pid, name):
-    try:
-        with open("/proc/%s/%s" % (pid, name), "rb", buffering=0) as file:
-            return file.read(1024 * 1024)
-    except OSError:
-        return b""                          # gone, or not ours to look into
-
-
-def mark_of(pid):
-    """The mark in the environment with which a process was started, or None."""
-    variable = b"\0" + MARK.encode() + b"="
-    _, found, rest = (b"\0" + _read_proc(pid, "environ")).partition(variable)
-    return rest.partition(b"\0")[0].decode("ascii", "replace") if found else None
 
 
 class TurnProcesses:
@@ -1133,12 +1217,31 @@ class TurnProcesses:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rollouts
+# Rollouts and history
 # ---------------------------------------------------------------------------------------------
 # Codex keeps a thread in $CODEX_HOME/sessions/YYYY/MM/DD/rollout-<local time>-<thread id>.jsonl,
 # or later in archived_sessions/, and may compress it to ….jsonl.zst (Codex 0.169).
 
-BLOCK_SIZE = 64 * 1024                     # bytes of a rollout that are read at once
+BOM = "\xef\xbb\xbf"                       # the byte order mark in UTF-8, as Latin-1
+
+
+def _existing(plain):
+    """The path of that rollout, compressed or not, or None."""
+    return next(filter(os.path.isfile, (plain, plain + ".zst")), None)
+
+
+def _likely_days(thread_id):
+    """The folders of the day on which the thread began, and of its neighbours.
+
+    A UUIDv7 begins with its creation time in ms (RFC 9562, 5.7).  The folder is named in the
+    local time of whoever created it, which is at most a day off UTC.
+    """
+    match = re.match(r"([0-9a-f]{8})-([0-9a-f]{4})-7", thread_id, re.IGNORECASE)
+    if not match:
+        return []
+    seconds = int(match.group(1) + match.group(2), 16) / 1000
+    days = [time.gmtime(seconds + shift * 86400) for shift in (0, -1, 1)]
+    return ["%04d/%02d/%02d" % day[:3] for day in days]
 
 
 class Rollouts:
@@ -1178,33 +1281,12 @@ class Rollouts:
                     yield os.path.join(base, day)
 
 
-def _existing(plain):
-    """The path of that rollout, compressed or not, or None."""
-    return next(filter(os.path.isfile, (plain, plain + ".zst")), None)
-
-
-def _list(folder):
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _likely_days(thread_id):
-    """The folders of the day on which the thread began, and of its neighbours.
-
-    A UUIDv7 begins with its creation time in ms (RFC 9562, 5.7).  The folder is named in the
-    local time of whoever created it, which is at most a day off UTC.
-    """
-    match = re.match(r"([0-9a-f]{8})-([0-9a-f]{4})-7", thread_id, re.IGNORECASE)
-    if not match:
-        return []
-    seconds = int(match.group(1) + match.group(2), 16) / 1000
-    days = [time.gmtime(seconds + shift * 86400) for shift in (0, -1, 1)]
-    return ["%04d/%02d/%02d" % day[:3] for day in days]
-
-
-BOM = "\xef\xbb\xbf"                       # the byte order mark in UTF-8, as Latin-1
+def _check_utf8(text):
+    """Raise UnicodeDecodeError unless the bytes of `text` are UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for begin in range(0, len(text), BLOCK_SIZE):
+        decoder.decode(text[begin:begin + BLOCK_SIZE].encode("latin-1"))
+    decoder.decode(b"", final=True)
 
 
 def json_line(line):
@@ -1218,14 +1300,6 @@ def json_line(line):
     except (ValueError, RecursionError):
         return None
     return text if end == len(text) else None
-
-
-def _check_utf8(text):
-    """Raise UnicodeDecodeError unless the bytes of `text` are UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for begin in range(0, len(text), BLOCK_SIZE):
-        decoder.decode(text[begin:begin + BLOCK_SIZE].encode("latin-1"))
-    decoder.decode(b"", final=True)
 
 
 def _decompress(path, packed, file):
@@ -1380,24 +1454,40 @@ class HistoryPage:
         return page, used, False
 
 
-def compress(pieces):
-    """The bytes of the iterable `pieces` in gzip's format (RFC 1952), as a generator."""
-    gzip = zlib.compressobj(1, zlib.DEFLATED, 31)
-    for piece in pieces:
-        data = gzip.compress(piece)
-        if data:
-            yield data
-    yield gzip.flush()
+def _gone_cursor(problem):
+    return HTTPError(410, "Cursor is gone", "after %s: read the history from its beginning"
+                     % problem)
 
 
-def accepts_gzip(request):
-    """RFC 9110, 12.5.3: whether Accept-Encoding names gzip (or *) with a weight above 0."""
-    weights = {}
-    for item in (request.header("Accept-Encoding") or "").split(","):
-        coding, _, parameter = item.partition(";")
-        weight = re.fullmatch(r"\s*q=([01](?:\.[0-9]{0,3})?)\s*", parameter, re.IGNORECASE)
-        weights[coding.strip().lower()] = float(weight.group(1)) if weight else 1.0
-    return weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0
+def _cursor(text, thread_id):
+    """The offset in a cursor of the thread's history."""
+    match = re.fullmatch(r"([0-9A-Za-z_-]{1,128})\.([0-9]{1,15})", text)
+    if not match:
+        raise bad_parameter("after", "must be a cursor that GET /codex/history gave")
+    if match.group(1) != thread_id:
+        raise _gone_cursor("is of another thread")
+    return int(match.group(2))
+
+
+def _unreadable(path, error):
+    return HTTPError(500, "The rollout can't be read", "%s: %s" % (path, error.strerror))
+
+
+def _entity_tag(reader, request):
+    """A weak validator (RFC 9110, 8.8.1), since what is sent may be compressed."""
+    status = reader.status
+    query = request.environ.get("QUERY_STRING", "")
+    identity = "%s %s %d %d %d" % (reader.path, query, status.st_ino, status.st_size,
+                                   status.st_mtime_ns)
+    return 'W/"%s"' % hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _matches(condition, tag):
+    """RFC 9110, 13.1.2: whether If-None-Match names the entity tag, compared weakly."""
+    if condition is None:
+        return False
+    tags = re.findall(r'(?:W/)?("[^"]*")', condition)
+    return condition.strip() == "*" or tag[len("W/"):] in tags
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1436,6 +1526,68 @@ class Codex:
     def __init__(self, program, path=None):
         self.program = program
         self.path = path
+
+
+def _is_program(path):
+    return os.path.isfile(path) and os.access(path, os.X_OK)
+
+
+def native_codex(program):
+    """The native binary behind npm's wrapper script `program` (a real path), or None.
+
+    The wrapper is a Node script that costs 44 MB a turn and, killed, orphans the real process.
+    Up to 0.98 the binary lies in the package itself, later in an optional dependency.
+    """
+    triple, dependency = PLATFORMS.get(os.uname().machine, (None, None))
+    package = os.path.dirname(os.path.dirname(program))
+    if triple is None or not program.endswith(".js"):
+        return None
+    vendors, folder = [os.path.join(package, "vendor")], package
+    while folder != os.path.dirname(folder):            # as Node resolves a package's dependency
+        vendors.append(os.path.join(folder, "node_modules", "@openai", dependency, "vendor"))
+        folder = os.path.dirname(folder)
+    for vendor in vendors:
+        for binary, path in (("bin/codex", "codex-path"), ("codex/codex", "path")):
+            native = os.path.join(vendor, triple, binary)
+            if _is_program(native):
+                return Codex(native, os.path.join(vendor, triple, path))
+    return None
+
+
+def codex_environment(settings, codex, mark):
+    """The environment for a Codex process: ours without what is the engine's or systemd's.
+
+    CODEX_API_KEY is the only variable with a key that Codex reads (0.50 to 0.169).
+    """
+    own = SYSTEMD_VARIABLES | LISTENING_VARIABLES
+    env = {name: value for name, value in settings.inherited.items()
+           if name not in own and not name.startswith("REPLICAS_ENGINE_")}
+    key = env.get("CODEX_API_KEY") or env.get("OPENAI_API_KEY")
+    if key:
+        env["CODEX_API_KEY"] = key
+    env["CODEX_HOME"] = settings.codex_home
+    env["HOME"] = settings.home
+    env[MARK] = mark
+    if codex.path:
+        env["PATH"] = codex.path + os.pathsep + (env.get("PATH") or os.defpath)
+    return env
+
+
+def config_argument(key, value):
+    """`--config key=value` with `value`, a string or a boolean, quoted as TOML."""
+    return ["--config", "%s=%s" % (key, json.dumps(value, ensure_ascii=False)
+                                   .replace("\x7f", "\\u007f"))]
+
+
+def codex_arguments(settings, codex, options, thread_id):
+    """The command line of a turn: every option goes before `resume`, an image behind it."""
+    arguments = [codex.program, "exec", "--json", "--skip-git-repo-check",
+                 "--cd", settings.workspace]
+    url = settings.env.get("OPENAI_BASE_URL")
+    if url:                                 # 0.50 and 0.98 take the variable, 0.169 only this
+        arguments += config_argument("openai_base_url", url)
+    resume = ["resume", thread_id] if thread_id else []
+    return arguments + options.arguments + resume + options.images
 
 
 class CodexFinder:
@@ -1492,68 +1644,6 @@ class CodexFinder:
         return match.group().decode() if match else None
 
 
-def _is_program(path):
-    return os.path.isfile(path) and os.access(path, os.X_OK)
-
-
-def native_codex(program):
-    """The native binary behind npm's wrapper script `program` (a real path), or None.
-
-    The wrapper is a Node script that costs 44 MB a turn and, killed, orphans the real process.
-    Up to 0.98 the binary lies in the package itself, later in an optional dependency.
-    """
-    triple, dependency = PLATFORMS.get(os.uname().machine, (None, None))
-    package = os.path.dirname(os.path.dirname(program))
-    if triple is None or not program.endswith(".js"):
-        return None
-    vendors, folder = [os.path.join(package, "vendor")], package
-    while folder != os.path.dirname(folder):            # as Node resolves a package's dependency
-        vendors.append(os.path.join(folder, "node_modules", "@openai", dependency, "vendor"))
-        folder = os.path.dirname(folder)
-    for vendor in vendors:
-        for binary, path in (("bin/codex", "codex-path"), ("codex/codex", "path")):
-            native = os.path.join(vendor, triple, binary)
-            if _is_program(native):
-                return Codex(native, os.path.join(vendor, triple, path))
-    return None
-
-
-def codex_environment(settings, codex, mark):
-    """The environment for a Codex process: ours without what is the engine's or systemd's.
-
-    CODEX_API_KEY is the only variable with a key that Codex reads (0.50 to 0.169).
-    """
-    own = SYSTEMD_VARIABLES | LISTENING_VARIABLES
-    env = {name: value for name, value in settings.inherited.items()
-           if name not in own and not name.startswith("REPLICAS_ENGINE_")}
-    key = env.get("CODEX_API_KEY") or env.get("OPENAI_API_KEY")
-    if key:
-        env["CODEX_API_KEY"] = key
-    env["CODEX_HOME"] = settings.codex_home
-    env["HOME"] = settings.home
-    env[MARK] = mark
-    if codex.path:
-        env["PATH"] = codex.path + os.pathsep + (env.get("PATH") or os.defpath)
-    return env
-
-
-def codex_arguments(settings, codex, options, thread_id):
-    """The command line of a turn: every option goes before `resume`, an image behind it."""
-    arguments = [codex.program, "exec", "--json", "--skip-git-repo-check",
-                 "--cd", settings.workspace]
-    url = settings.env.get("OPENAI_BASE_URL")
-    if url:                                 # 0.50 and 0.98 take the variable, 0.169 only this
-        arguments += config_argument("openai_base_url", url)
-    resume = ["resume", thread_id] if thread_id else []
-    return arguments + options.arguments + resume + options.images
-
-
-def config_argument(key, value):
-    """`--config key=value` with `value`, a string or a boolean, quoted as TOML."""
-    return ["--config", "%s=%s" % (key, json.dumps(value, ensure_ascii=False)
-                                   .replace("\x7f", "\\u007f"))]
-
-
 # ---------------------------------------------------------------------------------------------
 # Turn options
 # ---------------------------------------------------------------------------------------------
@@ -1574,6 +1664,16 @@ class TurnFile:
     def __init__(self, name, data):
         self.name = name
         self.data = data
+
+
+def _write_turn_file(word, folder):
+    if not isinstance(word, TurnFile):
+        return word
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    path = os.path.join(folder, word.name)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(word.data)
+    return path
 
 
 def _name(value, settings):
@@ -1609,6 +1709,31 @@ def _schema(value, settings):
     return TurnFile("schema.json", text.encode())
 
 
+def _image_of_url(url, settings):
+    head, comma, data = url.partition(",")
+    if not comma or not re.fullmatch(r"data:image/[a-z0-9.+-]+;base64", head, re.IGNORECASE):
+        raise ValueError("must begin with data:image/<type>;base64,")
+    try:
+        from base64 import b64decode        # wanted by few turns
+        return b64decode(data, validate=True)
+    except ValueError:
+        raise ValueError("is not base64 (RFC 4648, 4)") from None
+
+
+def _image_of_path(path, settings):
+    if "\0" in path or not 1 <= len(path) <= 4096:      # PATH_MAX, <linux/limits.h>
+        raise ValueError("is no path")
+    workspace = os.path.realpath(settings.workspace)
+    real = os.path.realpath(os.path.join(workspace, path))
+    if os.path.commonpath((workspace, real)) != workspace:
+        raise ValueError("lies outside the workspace")
+    with open(real, "rb",
+              opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("is not a regular file")
+        return file.read(settings.max_body + 1)
+
+
 def _images(value, settings):
     if not isinstance(value, list) or not all(isinstance(image, str) for image in value):
         raise ValueError("must be a list of paths and data: URLs")
@@ -1633,31 +1758,6 @@ def _images(value, settings):
             raise ValueError("number %d: %s" % (number, problem)) from None
         files.append(TurnFile("image-%d.%s" % (number, kind), data))
     return files
-
-
-def _image_of_url(url, settings):
-    head, comma, data = url.partition(",")
-    if not comma or not re.fullmatch(r"data:image/[a-z0-9.+-]+;base64", head, re.IGNORECASE):
-        raise ValueError("must begin with data:image/<type>;base64,")
-    try:
-        from base64 import b64decode        # wanted by few turns
-        return b64decode(data, validate=True)
-    except ValueError:
-        raise ValueError("is not base64 (RFC 4648, 4)") from None
-
-
-def _image_of_path(path, settings):
-    if "\0" in path or not 1 <= len(path) <= 4096:      # PATH_MAX, <linux/limits.h>
-        raise ValueError("is no path")
-    workspace = os.path.realpath(settings.workspace)
-    real = os.path.realpath(os.path.join(workspace, path))
-    if os.path.commonpath((workspace, real)) != workspace:
-        raise ValueError("lies outside the workspace")
-    with open(real, "rb",
-              opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("is not a regular file")
-        return file.read(settings.max_body + 1)
 
 
 def _web_search(value):
@@ -1714,18 +1814,8 @@ class TurnOptions:
         self.images = [_write_turn_file(word, folder) for word in self.images]
 
 
-def _write_turn_file(word, folder):
-    if not isinstance(word, TurnFile):
-        return word
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    path = os.path.join(folder, word.name)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(word.data)
-    return path
-
-
 # ---------------------------------------------------------------------------------------------
-# Turn and CodexRunner
+# Turn
 # ---------------------------------------------------------------------------------------------
 
 EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
@@ -1734,8 +1824,6 @@ MAX_LINE = 256 * 1024 * 1024               # bytes of a line that is still taken
 STDERR_TAIL = 8 * 1024                     # bytes of Codex's stderr that are kept
 MAX_FAILURE = 2000                         # characters of a turn.failed's message
 LOGGED_SKIPS = 5                           # skipped lines of a turn that get a log line each
-KEPT_TURNS = 100
-KEPT_BYTES = 256 * 1024 * 1024
 
 STOP_MESSAGES = {
     "interrupted": "The turn was interrupted",
@@ -1754,6 +1842,18 @@ UNKNOWN_THREAD = re.compile(
     rb"|failed to parse (?:thread|conversation) ID"
     rb"|rollout at [^\n]{1,4200} (?:is empty|does not start with session metadata)",
     re.IGNORECASE)
+
+
+def _signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal %d" % number
+
+
+def _well_formed(text):
+    """`text` with lone surrogates, which JSON can carry and UTF-8 can't, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Turn:
@@ -2128,16 +2228,12 @@ class Turn:
         return message
 
 
-def _signal_name(number):
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "signal %d" % number
+# ---------------------------------------------------------------------------------------------
+# CodexRunner
+# ---------------------------------------------------------------------------------------------
 
-
-def _well_formed(text):
-    """`text` with lone surrogates, which JSON can carry and UTF-8 can't, replaced by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+KEPT_TURNS = 100
+KEPT_BYTES = 256 * 1024 * 1024
 
 
 class StateInUse(Exception):
@@ -2492,26 +2588,6 @@ class CodexRunner:
                 log.error("an old turn can't be deleted: %s", error)
 
 
-def temporary_path(path):
-    """Where `write_file` makes the file; `kill -9` may leave it there."""
-    return path + ".tmp"
-
-
-def write_file(path, data):
-    """Replace the file at `path` so that it is whole at any moment, also after a power cut."""
-    temporary = temporary_path(path)
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 # ---------------------------------------------------------------------------------------------
 # Application
 # ---------------------------------------------------------------------------------------------
@@ -2740,79 +2816,11 @@ class Application:
         return Response([], 204, [("Allow", "GET, HEAD, OPTIONS, POST")])
 
 
-def reason_phrase(status):
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown"
-
-
-def prefers_async(request):
-    """RFC 7240, 4.1: whether the client prefers an answer at once."""
-    preferences = (request.header("Prefer") or "").split(",")
-    return any(item.partition(";")[0].strip().lower() == "respond-async" for item in preferences)
-
-
-def event_stream(turn_log, offset):
-    return Response(EventStream(turn_log, offset), 200,
-                    [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
-                     ("X-Accel-Buffering", "no"), ("X-Replicas-Turn-Id", str(turn_log.turn_id))])
-
-
-def _whole_number(name, text, least=0):
-    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
-        raise bad_parameter(name, "must be a whole number from %d up" % least)
-    return int(text)
-
-
-def _event_id(name, text):
-    match = re.fullmatch(r"([1-9][0-9]{0,14})\.([0-9]{1,15})", text)
-    if not match:
-        raise bad_parameter(name, "must be the id of an event, such as 7.4")
-    return int(match.group(1)), int(match.group(2))
-
-
-def _cursor(text, thread_id):
-    """The offset in a cursor of the thread's history."""
-    match = re.fullmatch(r"([0-9A-Za-z_-]{1,128})\.([0-9]{1,15})", text)
-    if not match:
-        raise bad_parameter("after", "must be a cursor that GET /codex/history gave")
-    if match.group(1) != thread_id:
-        raise _gone_cursor("is of another thread")
-    return int(match.group(2))
-
-
-def _gone_cursor(problem):
-    return HTTPError(410, "Cursor is gone", "after %s: read the history from its beginning"
-                     % problem)
-
-
-def _unreadable(path, error):
-    return HTTPError(500, "The rollout can't be read", "%s: %s" % (path, error.strerror))
-
-
-def _entity_tag(reader, request):
-    """A weak validator (RFC 9110, 8.8.1), since what is sent may be compressed."""
-    status = reader.status
-    query = request.environ.get("QUERY_STRING", "")
-    identity = "%s %s %d %d %d" % (reader.path, query, status.st_ino, status.st_size,
-                                   status.st_mtime_ns)
-    return 'W/"%s"' % hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def _matches(condition, tag):
-    """RFC 9110, 13.1.2: whether If-None-Match names the entity tag, compared weakly."""
-    if condition is None:
-        return False
-    tags = re.findall(r'(?:W/)?("[^"]*")', condition)
-    return condition.strip() == "*" or tag[len("W/"):] in tags
-
-
 application = Application()
 
 
 # ---------------------------------------------------------------------------------------------
-# WSGI server
+# HTTP grammar
 # ---------------------------------------------------------------------------------------------
 # Instead of http.server's handler, which lets through what RFC 9112 forbids, writes a response in
 # several packets and has no deadlines.  Section numbers are RFC 9112's unless they name another.
@@ -2874,6 +2882,92 @@ class BadRequest(OSError):
         self.status = status
 
 
+def too_many():
+    return BadRequest(503, "too many connections are open: see REPLICAS_ENGINE_MAX_CONNECTIONS")
+
+
+def parse_request_line(line):
+    """(method, target, minor version) of a request line (3).  Raises BadRequest."""
+    if len(line) > MAX_REQUEST_LINE:
+        raise BadRequest(414, "the request line is longer than %d bytes" % MAX_REQUEST_LINE)
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise BadRequest(400, "the request line is malformed (RFC 9112, 3)")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise BadRequest(400, "the protocol is not HTTP/1.1 or HTTP/1.0")
+    return method.decode(), target, min(int(minor), 1)      # RFC 9110, 2.5: 1.2 is as good as 1.1
+
+
+def check_partial_head(head, checked):
+    """Refuse at once what can't become a head any more.  Raises BadRequest.
+
+    The first `checked` bytes were looked at before: a head may come byte by byte.
+    """
+    end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
+    if end >= checked:
+        parse_request_line(head[:end])
+    elif end < 0 and len(head) - head.endswith(b"\r") > MAX_REQUEST_LINE:
+        raise BadRequest(414, "the request line is longer than %d bytes" % MAX_REQUEST_LINE)
+    elif end < 0 and not PARTIAL_REQUEST_LINE.fullmatch(head):
+        raise BadRequest(400, "the request line is malformed (RFC 9112, 3)")
+    if len(head) >= MAX_HEAD:
+        raise BadRequest(431, "the head is larger than %d bytes" % MAX_HEAD)
+    if BARE_LINE_END.search(head, checked):
+        raise BadRequest(400, "a line does not end in CRLF (RFC 9112, 2.2)")
+
+
+def environ_key(name):
+    """The environ's key for a field name (PEP 3333), or None.
+
+    A name with an underscore has none: it would be taken for the one with a hyphen.
+    """
+    key = name.decode().upper().replace("-", "_")
+    if b"_" in name:
+        return None
+    return key if key in ("CONTENT_LENGTH", "CONTENT_TYPE") else "HTTP_" + key
+
+
+cached_environ_key = functools.lru_cache(maxsize=256)(environ_key)
+
+
+def add_fields(environ, fields):
+    """Put the field lines (5) into the environ.  Raises BadRequest."""
+    if not FIELDS.fullmatch(fields):
+        raise BadRequest(400, "a field line is malformed (RFC 9112, 5)")
+    pairs = FIELD.findall(fields)
+    if len(pairs) > MAX_FIELDS:
+        raise BadRequest(431, "there are more than %d fields" % MAX_FIELDS)
+    for name, value in pairs:
+        key = cached_environ_key(name) if len(name) <= 64 else environ_key(name)
+        value = value.strip(b" \t").decode("latin-1")
+        if key in environ:
+            if key in SINGLE_FIELDS:
+                raise BadRequest(400, "the field %s is given twice" % name.decode())
+            value = environ[key] + "," + value              # RFC 9110, 5.3
+        if key is not None:
+            environ[key] = value
+
+
+def check_host(value):
+    """(host, port) of a Host field or an authority.  Raises BadRequest."""
+    match = HOST.fullmatch(value)
+    host, port = match.groups() if match else (None, None)
+    port = int(port.lstrip(b"0")[:6] or 0) if port else 80      # six digits are too many anyhow
+    try:
+        if host and host.startswith(b"["):
+            socket.inet_pton(socket.AF_INET6, host[1:-1].decode())
+    except OSError:
+        match = None
+    if not match or port > 65535:
+        raise BadRequest(400, "the Host is malformed (RFC 9110, 7.2)")
+    return host.lower(), port
+
+
+# ---------------------------------------------------------------------------------------------
+# Connection and bodies
+# ---------------------------------------------------------------------------------------------
+
 class Disconnected(ConnectionError):
     """The client is gone, or has been too slow to be waited for."""
 
@@ -2895,6 +2989,12 @@ def send_at_once(fd, data):
     Whatever goes wrong counts as 0: the socket's own method then tells.
     """
     return max(0, _libc_send(fd, data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL))
+
+
+def _timeval(seconds):
+    """struct timeval, for setsockopt; 0 would mean no limit."""
+    microseconds = max(1, int(seconds * 1000000))
+    return struct.pack("ll", microseconds // 1000000, microseconds % 1000000)
 
 
 class Connection:
@@ -2972,12 +3072,6 @@ class Connection:
                 size += len(self.buffer)
         except OSError:
             pass
-
-
-def _timeval(seconds):
-    """struct timeval, for setsockopt; 0 would mean no limit."""
-    microseconds = max(1, int(seconds * 1000000))
-    return struct.pack("ll", microseconds // 1000000, microseconds % 1000000)
 
 
 class RequestBody(io.RawIOBase):
@@ -3087,6 +3181,10 @@ class RequestBody(io.RawIOBase):
             raise BadRequest(408, "the body came too slowly") from None
         self._received += len(self.connection.buffer) - before
 
+
+# ---------------------------------------------------------------------------------------------
+# WSGI server
+# ---------------------------------------------------------------------------------------------
 
 class WSGIRequestHandler(BaseRequestHandler):
     """One connection: its requests become environs for the application (PEP 3333)."""
@@ -3415,88 +3513,6 @@ class WSGIRequestHandler(BaseRequestHandler):
                 self.write(probe)
 
 
-def too_many():
-    return BadRequest(503, "too many connections are open: see REPLICAS_ENGINE_MAX_CONNECTIONS")
-
-
-def check_partial_head(head, checked):
-    """Refuse at once what can't become a head any more.  Raises BadRequest.
-
-    The first `checked` bytes were looked at before: a head may come byte by byte.
-    """
-    end = head.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
-    if end >= checked:
-        parse_request_line(head[:end])
-    elif end < 0 and len(head) - head.endswith(b"\r") > MAX_REQUEST_LINE:
-        raise BadRequest(414, "the request line is longer than %d bytes" % MAX_REQUEST_LINE)
-    elif end < 0 and not PARTIAL_REQUEST_LINE.fullmatch(head):
-        raise BadRequest(400, "the request line is malformed (RFC 9112, 3)")
-    if len(head) >= MAX_HEAD:
-        raise BadRequest(431, "the head is larger than %d bytes" % MAX_HEAD)
-    if BARE_LINE_END.search(head, checked):
-        raise BadRequest(400, "a line does not end in CRLF (RFC 9112, 2.2)")
-
-
-def parse_request_line(line):
-    """(method, target, minor version) of a request line (3).  Raises BadRequest."""
-    if len(line) > MAX_REQUEST_LINE:
-        raise BadRequest(414, "the request line is longer than %d bytes" % MAX_REQUEST_LINE)
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise BadRequest(400, "the request line is malformed (RFC 9112, 3)")
-    method, target, major, minor = match.groups()
-    if major != b"1":
-        raise BadRequest(400, "the protocol is not HTTP/1.1 or HTTP/1.0")
-    return method.decode(), target, min(int(minor), 1)      # RFC 9110, 2.5: 1.2 is as good as 1.1
-
-
-def environ_key(name):
-    """The environ's key for a field name (PEP 3333), or None.
-
-    A name with an underscore has none: it would be taken for the one with a hyphen.
-    """
-    key = name.decode().upper().replace("-", "_")
-    if b"_" in name:
-        return None
-    return key if key in ("CONTENT_LENGTH", "CONTENT_TYPE") else "HTTP_" + key
-
-
-cached_environ_key = functools.lru_cache(maxsize=256)(environ_key)
-
-
-def add_fields(environ, fields):
-    """Put the field lines (5) into the environ.  Raises BadRequest."""
-    if not FIELDS.fullmatch(fields):
-        raise BadRequest(400, "a field line is malformed (RFC 9112, 5)")
-    pairs = FIELD.findall(fields)
-    if len(pairs) > MAX_FIELDS:
-        raise BadRequest(431, "there are more than %d fields" % MAX_FIELDS)
-    for name, value in pairs:
-        key = cached_environ_key(name) if len(name) <= 64 else environ_key(name)
-        value = value.strip(b" \t").decode("latin-1")
-        if key in environ:
-            if key in SINGLE_FIELDS:
-                raise BadRequest(400, "the field %s is given twice" % name.decode())
-            value = environ[key] + "," + value              # RFC 9110, 5.3
-        if key is not None:
-            environ[key] = value
-
-
-def check_host(value):
-    """(host, port) of a Host field or an authority.  Raises BadRequest."""
-    match = HOST.fullmatch(value)
-    host, port = match.groups() if match else (None, None)
-    port = int(port.lstrip(b"0")[:6] or 0) if port else 80      # six digits are too many anyhow
-    try:
-        if host and host.startswith(b"["):
-            socket.inet_pton(socket.AF_INET6, host[1:-1].decode())
-    except OSError:
-        match = None
-    if not match or port > 65535:
-        raise BadRequest(400, "the Host is malformed (RFC 9110, 7.2)")
-    return host.lower(), port
-
-
 class WSGIServer(ThreadingHTTPServer):
     """Serves a WSGI application on a listening socket, a thread a connection.
 
@@ -3675,54 +3691,84 @@ def watchdog_interval():
 
 
 # ---------------------------------------------------------------------------------------------
+# Check
+# ---------------------------------------------------------------------------------------------
+
+def _check_codex(settings):
+    finder = CodexFinder(settings)
+    try:
+        codex = finder.find()
+    except HTTPError as error:
+        return False, "codex: %s: %s" % (error.body["error"], error.body["details"])
+    version = finder.version(codex)
+    if version is None:
+        return False, "codex: %s does not say its version" % codex.program
+    return True, "codex: %s, version %s" % (codex.program, version)
+
+
+def _check_key(settings):
+    for name in ("CODEX_API_KEY", "OPENAI_API_KEY"):
+        if settings.env.get(name):
+            return True, "key: %s" % name
+    login = os.path.join(settings.codex_home, "auth.json")
+    if os.access(login, os.R_OK):
+        return True, "key: the login in %s" % login
+    return False, ("key: set OPENAI_API_KEY or CODEX_API_KEY, or log in with `codex login` "
+                   "(there is no %s)" % login)
+
+
+def _check_secret_set(settings):
+    if settings.secret:
+        return True, "secret: REPLICAS_ENGINE_SECRET is set"
+    return False, "secret: set REPLICAS_ENGINE_SECRET, or nothing but /health will be answered"
+
+
+def _check_folder(name, path, variable, make=False):
+    try:
+        if make:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
+            return True, "%s: %s" % (name, path)
+        problem = "is no directory that can be written"
+    except OSError as error:
+        problem = error.strerror
+    return False, "%s: %s: %s; make it, or set %s" % (name, path, problem, variable)
+
+
+def _check_port(settings):
+    try:
+        listen(settings.host, settings.port).close()
+        return True, "port: %d is free" % settings.port
+    except OSError as error:
+        problem = error.strerror or str(error)
+    try:
+        with socket.create_connection((settings.host or "127.0.0.1", settings.port), 2) as sock:
+            sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
+                return True, "port: an engine answers on %d" % settings.port
+    except OSError:
+        pass
+    return False, "port: %d: %s; set PORT to another" % (settings.port, problem)
+
+
+def check(settings):
+    """Say whether everything is there that a turn needs; the exit status, 0 or 1."""
+    results = [_check_codex(settings), _check_key(settings), _check_secret_set(settings),
+               _check_folder("workspace", settings.workspace, "WORKSPACE_HOME"),
+               _check_folder("codex home", settings.codex_home, "CODEX_HOME", make=True),
+               _check_folder("state", settings.state, "REPLICAS_ENGINE_STATE", make=True),
+               _check_port(settings)]
+    for good, what in results:
+        print("%-7s %s" % ("ok" if good else "MISSING", what))
+    return 0 if all(good for good, _ in results) else 1
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
 WATCHDOG_LIMIT = 10.0                      # seconds after which a silent accept loop has hung
 CLOSE_TIMEOUT = 3.0                        # seconds that answers have to be finished at the end
-
-
-def serve(settings):
-    """Run the engine until SIGTERM, SIGINT or SIGHUP; the exit status."""
-    events = ProcessEvents()
-    app = Application(settings)
-    inherited = systemd_listener()
-    try:
-        app.open()
-    except StateInUse as error:
-        log.error("%s", error)
-        return 1
-    except OSError as error:
-        log.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", settings.state, error)
-        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
-    try:
-        listener = inherited or listen(settings.host, settings.port)
-    except OSError as error:
-        app.runner.close()
-        log.error("HOST=%s, PORT=%d can't be used: %s", settings.host or "", settings.port,
-                  error.strerror or error)
-        # What may be otherwise in a minute is worth another start.
-        return 1 if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else 2
-    server = WSGIServer(listener, app, settings.max_connections, always=("/health",))
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    log.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
-             server.server_address[1], settings.host or "every interface", os.getpid())
-    status = service_status(app)
-    if status != IDLE:
-        log.warning("%s", status)
-    if inherited and server.server_address[1] != settings.port:
-        log.warning("PORT=%d is passed over: systemd's socket is on another port", settings.port)
-
-    def stop():
-        app.runner.close()
-        server.close(CLOSE_TIMEOUT, keep_queue=inherited is not None)
-        events.put(ProcessEvents.STOPPED)
-
-    app.runner.changed = lambda: events.put(ProcessEvents.TURN)
-    notify("READY=1\nSTATUS=" + status)
-    watch(events, server, app, stop)
-    log.info("stopped")
-    return 0
 
 
 class ProcessEvents:
@@ -3794,73 +3840,61 @@ def watch(events, server, app, stop):
             notify("WATCHDOG=1")
 
 
-def check(settings):
-    """Say whether everything is there that a turn needs; the exit status, 0 or 1."""
-    results = [_check_codex(settings), _check_key(settings), _check_secret_set(settings),
-               _check_folder("workspace", settings.workspace, "WORKSPACE_HOME"),
-               _check_folder("codex home", settings.codex_home, "CODEX_HOME", make=True),
-               _check_folder("state", settings.state, "REPLICAS_ENGINE_STATE", make=True),
-               _check_port(settings)]
-    for good, what in results:
-        print("%-7s %s" % ("ok" if good else "MISSING", what))
-    return 0 if all(good for good, _ in results) else 1
-
-
-def _check_codex(settings):
-    finder = CodexFinder(settings)
+def serve(settings):
+    """Run the engine until SIGTERM, SIGINT or SIGHUP; the exit status."""
+    events = ProcessEvents()
+    app = Application(settings)
+    inherited = systemd_listener()
     try:
-        codex = finder.find()
-    except HTTPError as error:
-        return False, "codex: %s: %s" % (error.body["error"], error.body["details"])
-    version = finder.version(codex)
-    if version is None:
-        return False, "codex: %s does not say its version" % codex.program
-    return True, "codex: %s, version %s" % (codex.program, version)
-
-
-def _check_key(settings):
-    for name in ("CODEX_API_KEY", "OPENAI_API_KEY"):
-        if settings.env.get(name):
-            return True, "key: %s" % name
-    login = os.path.join(settings.codex_home, "auth.json")
-    if os.access(login, os.R_OK):
-        return True, "key: the login in %s" % login
-    return False, ("key: set OPENAI_API_KEY or CODEX_API_KEY, or log in with `codex login` "
-                   "(there is no %s)" % login)
-
-
-def _check_secret_set(settings):
-    if settings.secret:
-        return True, "secret: REPLICAS_ENGINE_SECRET is set"
-    return False, "secret: set REPLICAS_ENGINE_SECRET, or nothing but /health will be answered"
-
-
-def _check_folder(name, path, variable, make=False):
-    try:
-        if make:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
-            return True, "%s: %s" % (name, path)
-        problem = "is no directory that can be written"
+        app.open()
+    except StateInUse as error:
+        log.error("%s", error)
+        return 1
     except OSError as error:
-        problem = error.strerror
-    return False, "%s: %s: %s; make it, or set %s" % (name, path, problem, variable)
-
-
-def _check_port(settings):
+        log.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", settings.state, error)
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
     try:
-        listen(settings.host, settings.port).close()
-        return True, "port: %d is free" % settings.port
+        listener = inherited or listen(settings.host, settings.port)
     except OSError as error:
-        problem = error.strerror or str(error)
-    try:
-        with socket.create_connection((settings.host or "127.0.0.1", settings.port), 2) as sock:
-            sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-            if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
-                return True, "port: an engine answers on %d" % settings.port
-    except OSError:
-        pass
-    return False, "port: %d: %s; set PORT to another" % (settings.port, problem)
+        app.runner.close()
+        log.error("HOST=%s, PORT=%d can't be used: %s", settings.host or "", settings.port,
+                  error.strerror or error)
+        # What may be otherwise in a minute is worth another start.
+        return 1 if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else 2
+    server = WSGIServer(listener, app, settings.max_connections, always=("/health",))
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    log.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
+             server.server_address[1], settings.host or "every interface", os.getpid())
+    status = service_status(app)
+    if status != IDLE:
+        log.warning("%s", status)
+    if inherited and server.server_address[1] != settings.port:
+        log.warning("PORT=%d is passed over: systemd's socket is on another port", settings.port)
+
+    def stop():
+        app.runner.close()
+        server.close(CLOSE_TIMEOUT, keep_queue=inherited is not None)
+        events.put(ProcessEvents.STOPPED)
+
+    app.runner.changed = lambda: events.put(ProcessEvents.TURN)
+    notify("READY=1\nSTATUS=" + status)
+    watch(events, server, app, stop)
+    log.info("stopped")
+    return 0
+
+
+def parse_command_line(arguments):
+    import argparse                         # not needed by the service, and not cheap
+    parser = argparse.ArgumentParser(
+        prog="replicas_engine.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Drive the Codex CLI on this machine over HTTP.",
+        epilog="Without options it serves.  Settings are environment variables, or lines of a "
+               "file .env in\nthe working directory: REPLICAS_ENGINE_SECRET, PORT, WORKSPACE_HOME, "
+               "CODEX_PATH and more;\nREADME.md lists them all.")
+    parser.add_argument("--check", action="store_true",
+                        help="say whether everything is there that a turn needs, and exit 0 or 1")
+    parser.add_argument("--version", action="version", version="replicas-engine " + __version__)
+    return parser.parse_args(arguments)
 
 
 def main(arguments):
@@ -3881,20 +3915,6 @@ def main(arguments):
         log.error("%s", error)
         return 2
     return check(settings) if options and options.check else serve(settings)
-
-
-def parse_command_line(arguments):
-    import argparse                         # not needed by the service, and not cheap
-    parser = argparse.ArgumentParser(
-        prog="replicas_engine.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Drive the Codex CLI on this machine over HTTP.",
-        epilog="Without options it serves.  Settings are environment variables, or lines of a "
-               "file .env in\nthe working directory: REPLICAS_ENGINE_SECRET, PORT, WORKSPACE_HOME, "
-               "CODEX_PATH and more;\nREADME.md lists them all.")
-    parser.add_argument("--check", action="store_true",
-                        help="say whether everything is there that a turn needs, and exit 0 or 1")
-    parser.add_argument("--version", action="version", version="replicas-engine " + __version__)
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
