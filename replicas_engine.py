@@ -170,8 +170,8 @@ def json_bytes(value):
 # Logging
 # ---------------------------------------------------------------------------------------------
 
-log = logging.getLogger("replicas-engine")
-log.propagate = False
+logger = logging.getLogger("replicas-engine")
+logger.propagate = False
 
 
 class StderrHandler(logging.Handler):
@@ -272,15 +272,15 @@ def start_logging(env):
     # "Optimization" in Python's logging HOWTO: leave out what no line shows
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    log.handlers[:] = [StderrHandler(journal=_is_journal(env.get("JOURNAL_STREAM")))]
-    log.setLevel(logging.INFO)
+    logger.handlers[:] = [StderrHandler(journal=_is_journal(env.get("JOURNAL_STREAM")))]
+    logger.setLevel(logging.INFO)
 
 
 def log_request(level, text):
-    """log.log(level, text) for what every request logs: without a LogRecord, which would cost more
-    than parsing the request."""
-    for handler in log.handlers:
-        if isinstance(handler, StderrHandler) and log.isEnabledFor(level):
+    """logger.log(level, text) for what every request logs: without a LogRecord, which would cost
+    more than parsing the request."""
+    for handler in logger.handlers:
+        if isinstance(handler, StderrHandler) and logger.isEnabledFor(level):
             handler.put(level, text)
 
 
@@ -376,7 +376,7 @@ class Settings:
                 env = parse_dotenv(file.read())
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-                log.warning("the file .env can't be read and is passed over: %s", error)
+                logger.warning("the file .env can't be read and is passed over: %s", error)
         env.update(os.environ)
         return cls(env)
 
@@ -833,7 +833,7 @@ class TurnLog:
                 count = os.write(self._fd, rest)
             except OSError as error:
                 if not self._full:          # once, and not with every try
-                    log.error("turn %d: its log can't be written: %s", self.turn_id, error)
+                    logger.error("turn %d: its log can't be written: %s", self.turn_id, error)
                 self._full = True
                 return False
             written, rest = written + count, rest[count:]
@@ -1179,7 +1179,7 @@ class TurnProcesses:
         self._signal_groups(signal.SIGTERM)
         self._wait(self._is_over, TERMINATE_PATIENCE)
         if not self._wait(lambda: self._is_over(kill=True), KILL_PATIENCE):
-            log.error("these processes of the turn can't be killed: %s", sorted(self.find()))
+            logger.error("these processes of the turn can't be killed: %s", sorted(self.find()))
 
     def _is_over(self, kill=False):
         """Whether nothing is left: nobody was seen, and nobody died unseen, for he may have left a
@@ -1821,9 +1821,9 @@ class TurnOptions:
 EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
 DISK_PATIENCE = 1.0                        # seconds between two tries to write to a full disk
 MAX_LINE = 256 * 1024 * 1024               # bytes of a line that is still taken for an event
-STDERR_TAIL = 8 * 1024                     # bytes of Codex's stderr that are kept
-MAX_FAILURE = 2000                         # characters of a turn.failed's message
-LOGGED_SKIPS = 5                           # skipped lines of a turn that get a log line each
+MAX_STDERR_TAIL = 8 * 1024                 # bytes of Codex's stderr that are kept
+MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
+MAX_LOGGED_SKIPS = 5                       # skipped lines of a turn that get a log line each
 
 STOP_MESSAGES = {
     "interrupted": "The turn was interrupted",
@@ -1917,12 +1917,12 @@ class Turn:
         try:
             self._relay()
             if self._is_thread_unknown():
-                log.warning("turn %d: Codex doesn't know thread %s any more: the message goes to a "
-                            "new one", self.id, self.thread_id)
+                logger.warning("turn %d: Codex doesn't know thread %s any more: the message "
+                                  "goes to a new one", self.id, self.thread_id)
                 self._launch(None)
                 self._relay()
         except Exception:                   # a bug, but no reason to leave Codex running
-            log.exception("turn %d: the engine failed", self.id)
+            logger.exception("turn %d: the engine failed", self.id)
             self.processes.stop()
         finally:
             self._end()
@@ -1953,8 +1953,9 @@ class Turn:
         with explained("The turn's log can't be written", make_room):
             self.log = self.runner.create_log(self.id, header)
         self.log.sync()
-        log.info("turn %d started: %s, codex pid %d", self.id,
-                 "thread %s" % self.thread_id if self.thread_id else "new thread", self.child.pid)
+        logger.info("turn %d started: %s, codex pid %d", self.id,
+                    "thread %s" % self.thread_id if self.thread_id else "new thread",
+                    self.child.pid)
         self.runner.changed()
 
     def _launch(self, thread_id):
@@ -2056,7 +2057,7 @@ class Turn:
             data = os.read(self.child.stderr.fileno(), READ_SIZE)
         except BlockingIOError:
             return True
-        self.stderr = (self.stderr + data)[-STDERR_TAIL:]
+        self.stderr = (self.stderr + data)[-MAX_STDERR_TAIL:]
         return bool(data)
 
     def _read_stdout(self):
@@ -2105,16 +2106,16 @@ class Turn:
     def _skip(self, line):
         if line:
             self.skipped += 1
-            if self.skipped <= LOGGED_SKIPS:
-                log.warning("turn %d: skipped a line of %d bytes that is no event", self.id,
-                            len(line))
+            if self.skipped <= MAX_LOGGED_SKIPS:
+                logger.warning("turn %d: skipped a line of %d bytes that is no event", self.id,
+                               len(line))
 
     # What the engine itself learns from an event; a false answer keeps it from the clients.
 
     def _thread_started(self, event):
         thread_id = thread_id_of(event)
         if thread_id is None:
-            log.warning("turn %d: a thread id that is none", self.id)
+            logger.warning("turn %d: a thread id that is none", self.id)
         else:
             self.log.thread_id = thread_id
             self.runner.thread_started(self, thread_id)
@@ -2164,7 +2165,7 @@ class Turn:
 
     def _too_late(self, code):
         if code is None:                    # the turn has ended by itself: what it left may stay
-            log.warning("turn %d: Codex doesn't exit and is killed", self.id)
+            logger.warning("turn %d: Codex doesn't exit and is killed", self.id)
             self.child.kill()
         else:
             self.runner.stop(self, code)
@@ -2184,8 +2185,8 @@ class Turn:
             self._leave()
         finally:
             self.log.finish(lambda: self.runner.release(self))
-            log.info("turn %d ended: %s, %d events, %.1f s", self.id, self.terminal or code,
-                     self.log.last, time.monotonic() - self.started)
+            logger.info("turn %d ended: %s, %d events, %.1f s", self.id, self.terminal or code,
+                        self.log.last, time.monotonic() - self.started)
             self._over()
         reap_orphans()
         self.runner.prune()
@@ -2224,7 +2225,7 @@ class Turn:
         stderr = self.stderr.decode("utf-8", "replace").replace(
             "Reading prompt from stdin...", "").strip()
         if stderr:
-            message += ": " + stderr[-(MAX_FAILURE - len(message) - 2):]
+            message += ": " + stderr[-(MAX_FAILURE_MESSAGE - len(message) - 2):]
         return message
 
 
@@ -2232,8 +2233,8 @@ class Turn:
 # CodexRunner
 # ---------------------------------------------------------------------------------------------
 
-KEPT_TURNS = 100
-KEPT_BYTES = 256 * 1024 * 1024
+MAX_KEPT_TURNS = 100
+MAX_KEPT_BYTES = 256 * 1024 * 1024
 
 
 class StateInUse(Exception):
@@ -2307,7 +2308,7 @@ class CodexRunner:
         except FileNotFoundError:
             return None
         except (ValueError, AttributeError) as error:
-            log.error("%s is passed over: %s", self._thread_file(), error)
+            logger.error("%s is passed over: %s", self._thread_file(), error)
             return None
 
     def _load_turns(self):
@@ -2327,7 +2328,7 @@ class CodexRunner:
                 processes = TurnProcesses(turn_log.header["mark"], codex["pid"],
                                           codex["started"] or 0)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                log.error("%s is passed over: %r", path, error)
+                logger.error("%s is passed over: %r", path, error)
                 if not isinstance(error, OSError):
                     os.replace(path, path + ".broken")
                 continue
@@ -2340,12 +2341,12 @@ class CodexRunner:
 
     def _recover(self, broken):
         for turn_log, processes in broken:
-            log.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
+            logger.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
             for put_in_order in (processes.stop, functools.partial(self._end_broken, turn_log)):
                 try:
                     put_in_order()
                 except Exception:           # a bug, but no reason not to serve
-                    log.exception("turn %d can't be put in order", turn_log.turn_id)
+                    logger.exception("turn %d can't be put in order", turn_log.turn_id)
         self.recovered.set()
         self.prune()
 
@@ -2516,7 +2517,7 @@ class CodexRunner:
             self.latest -= 1
             self.logs.pop(turn.id, None)
             self.keys = {key: value for key, value in self.keys.items() if value[0] != turn.id}
-        log.error("turn %d could not be started: %s", turn.id, turn.problem.body)
+        logger.error("turn %d could not be started: %s", turn.id, turn.problem.body)
 
     def release(self, turn):
         """The turn in progress is as good as over: another may start."""
@@ -2546,7 +2547,7 @@ class CodexRunner:
                 write_file(self._thread_file(), json_bytes(state) + b"\n")
                 self._unsaved = False
             except OSError as error:
-                log.error("%s can't be written: %s", self._thread_file(), error)
+                logger.error("%s can't be written: %s", self._thread_file(), error)
                 self._unsaved = True
             return not self._unsaved
 
@@ -2570,12 +2571,12 @@ class CodexRunner:
                       for name in names if name)
 
     def prune(self):
-        """Delete the oldest turns until KEPT_TURNS and KEPT_BYTES are met; the newest stays."""
+        """Delete the oldest turns above MAX_KEPT_TURNS and MAX_KEPT_BYTES; the newest stays."""
         count, size = 0, 0
         for turn_id, path in reversed(self._kept()):
             try:
                 count, size = count + 1, size + os.path.getsize(path)
-                if count > 1 and (count > KEPT_TURNS or size > KEPT_BYTES):
+                if count > 1 and (count > MAX_KEPT_TURNS or size > MAX_KEPT_BYTES):
                     with self.lock:
                         if turn_id in self.logs:
                             continue
@@ -2585,7 +2586,7 @@ class CodexRunner:
             except FileNotFoundError:       # deleted by another turn's end
                 pass
             except OSError as error:
-                log.error("an old turn can't be deleted: %s", error)
+                logger.error("an old turn can't be deleted: %s", error)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2622,10 +2623,10 @@ class Application:
         with self._opening:
             if self.runner is None:
                 self.settings = self.settings or Settings.from_process()
-                if not log.handlers:
+                if not logger.handlers:
                     start_logging(os.environ)
                 if self.settings.development:
-                    log.setLevel(logging.DEBUG)
+                    logger.setLevel(logging.DEBUG)
                 runner = CodexRunner(self.settings)
                 runner.open()
                 self.runner = runner
@@ -2637,7 +2638,7 @@ class Application:
         except HTTPError as error:
             response = error.response()
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            logger.exception("%s %s failed", request.method, request.path)
             response = json_response({"error": "Internal server error",
                                       "details": "the engine's log says more"}, 500)
         status = "%d %s" % (response.status, reason_phrase(response.status))
@@ -2840,8 +2841,8 @@ HEAD_TIMEOUT = 10.0                        # seconds from a head's first byte to
 BODY_GRACE, BODY_RATE = 20.0, 4096         # a body may take 20 s, and 1 s more per 4 KiB received
 SEND_TIMEOUT = 60.0                        # seconds in which the client takes not one byte more
 LINGER_TIMEOUT, LINGER_PAUSE = 60.0, 10.0  # seconds of reading behind a last answer; between bytes
-LINGER_BYTES = 256 * 1024 * 1024           # bytes that are read behind a last answer
-SPARE_CONNECTIONS = 32                     # above the limit, for the paths that always answer
+MAX_LINGER_BYTES = 256 * 1024 * 1024       # bytes that are read behind a last answer
+MAX_SPARE_CONNECTIONS = 32                 # above the limit, for the paths that always answer
 SPARE_TIMEOUT = 2.0                        # seconds in which their request must be there
 BUFFER_SIZE = 16 * 1024
 
@@ -3065,7 +3066,7 @@ class Connection:
         deadline, size = time.monotonic() + LINGER_TIMEOUT, 0
         try:
             self.sock.shutdown(socket.SHUT_WR)
-            while size < LINGER_BYTES and time.monotonic() < deadline:
+            while size < MAX_LINGER_BYTES and time.monotonic() < deadline:
                 self.buffer = b""
                 if not self.receive(LINGER_PAUSE):
                     break
@@ -3373,7 +3374,7 @@ class WSGIRequestHandler(BaseRequestHandler):
         if error.status == 503:
             self.headers.append(("Retry-After", "5"))
         self.connection.send(self.head() + (b"" if self.is_head else body))  # RFC 9110, 9.3.2
-        log.info("refused a request: %d %s", error.status, error)
+        logger.info("refused a request: %d %s", error.status, error)
 
     def run_application(self, environ):
         self.version = int(environ["SERVER_PROTOCOL"] != "HTTP/1.0")
@@ -3392,7 +3393,7 @@ class WSGIRequestHandler(BaseRequestHandler):
             outcome = "%s, client gone" % (self.status or "")[:3]
             raise
         except Exception:
-            log.exception("the application failed")
+            logger.exception("the application failed")
             self.close_connection = True
             if not self.head_sent:
                 self.refuse(BadRequest(500, "the engine's log says more"))
@@ -3516,8 +3517,8 @@ class WSGIRequestHandler(BaseRequestHandler):
 class WSGIServer(ThreadingHTTPServer):
     """Serves a WSGI application on a listening socket, a thread a connection.
 
-    `max_connections` may be open; SPARE_CONNECTIONS more only for the paths in `always`, the newest
-    of them first, so that those answer even when streams have taken everything.
+    `max_connections` may be open; MAX_SPARE_CONNECTIONS more only for the paths in `always`, the
+    newest of them first, so that those answer even when streams have taken everything.
     """
 
     daemon_threads = True
@@ -3580,7 +3581,7 @@ class WSGIServer(ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.error("a connection can't be taken: %s", error)
+                logger.error("a connection can't be taken: %s", error)
                 self._pause.wait(0.1)       # the connection stays in the queue: don't spin
             raise
 
@@ -3590,7 +3591,7 @@ class WSGIServer(ThreadingHTTPServer):
             if len(self._connections) < self.max_connections:
                 self._connections[request] = None
             else:
-                if len(self._spare) >= SPARE_CONNECTIONS:
+                if len(self._spare) >= MAX_SPARE_CONNECTIONS:
                     oldest = next(iter(self._spare))
                     del self._spare[oldest]
                 self._spare[request] = None
@@ -3600,7 +3601,7 @@ class WSGIServer(ThreadingHTTPServer):
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:       # no thread could be started
-            log.error("a connection can't be served: %s", error)
+            logger.error("a connection can't be served: %s", error)
             self.shutdown_request(request)
 
     def shutdown_request(self, request):
@@ -3611,7 +3612,7 @@ class WSGIServer(ThreadingHTTPServer):
             self._changed.notify_all()
 
     def handle_error(self, request, client_address):
-        log.exception("a connection failed")
+        logger.exception("a connection failed")
 
     # Ending
 
@@ -3825,11 +3826,11 @@ def watch(events, server, app, stop):
             return
         demand = news.intersection(ProcessEvents.STOP)
         if demand and stopping:
-            log.warning("stopped at once")
+            logger.warning("stopped at once")
             os._exit(128 + demand.pop())
         if demand:
             stopping = True
-            log.info("stopping")
+            logger.info("stopping")
             notify("STOPPING=1")
             threading.Thread(target=stop, daemon=True).start()
         if signal.SIGCHLD in news:
@@ -3848,28 +3849,28 @@ def serve(settings):
     try:
         app.open()
     except StateInUse as error:
-        log.error("%s", error)
+        logger.error("%s", error)
         return 1
     except OSError as error:
-        log.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", settings.state, error)
+        logger.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", settings.state, error)
         return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
     try:
         listener = inherited or listen(settings.host, settings.port)
     except OSError as error:
         app.runner.close()
-        log.error("HOST=%s, PORT=%d can't be used: %s", settings.host or "", settings.port,
-                  error.strerror or error)
+        logger.error("HOST=%s, PORT=%d can't be used: %s", settings.host or "", settings.port,
+                     error.strerror or error)
         # What may be otherwise in a minute is worth another start.
         return 1 if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else 2
     server = WSGIServer(listener, app, settings.max_connections, always=("/health",))
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    log.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
-             server.server_address[1], settings.host or "every interface", os.getpid())
+    logger.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
+                server.server_address[1], settings.host or "every interface", os.getpid())
     status = service_status(app)
     if status != IDLE:
-        log.warning("%s", status)
+        logger.warning("%s", status)
     if inherited and server.server_address[1] != settings.port:
-        log.warning("PORT=%d is passed over: systemd's socket is on another port", settings.port)
+        logger.warning("PORT=%d is passed over: systemd's socket is on another port", settings.port)
 
     def stop():
         app.runner.close()
@@ -3879,7 +3880,7 @@ def serve(settings):
     app.runner.changed = lambda: events.put(ProcessEvents.TURN)
     notify("READY=1\nSTATUS=" + status)
     watch(events, server, app, stop)
-    log.info("stopped")
+    logger.info("stopped")
     return 0
 
 
@@ -3912,7 +3913,7 @@ def main(arguments):
     try:
         settings = Settings.from_process()
     except SettingsError as error:
-        log.error("%s", error)
+        logger.error("%s", error)
         return 2
     return check(settings) if options and options.check else serve(settings)
 

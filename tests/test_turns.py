@@ -372,7 +372,7 @@ def constants(make_engine, tmp_path):
 
 @pytest.fixture
 def few_turns(constants):
-    return lambda turns=10 ** 6, size=10 ** 12: constants(KEPT_TURNS=turns, KEPT_BYTES=size)
+    return lambda turns=10 ** 6, size=10 ** 12: constants(MAX_KEPT_TURNS=turns, MAX_KEPT_BYTES=size)
 
 
 def kept(engine):
@@ -381,8 +381,8 @@ def kept(engine):
 
 def test_the_constants():
     import replicas_engine
-    assert replicas_engine.KEPT_TURNS == 100
-    assert replicas_engine.KEPT_BYTES == 256 * 1024 * 1024
+    assert replicas_engine.MAX_KEPT_TURNS == 100
+    assert replicas_engine.MAX_KEPT_BYTES == 256 * 1024 * 1024
 
 
 def test_kept_turns_by_number(few_turns, tmp_path):
@@ -423,7 +423,7 @@ def test_kept_turns_at_the_start(make_engine, constants):
     for _ in range(6):
         engine.send("Hello")
     engine.stop()
-    engine = constants(KEPT_TURNS=2)
+    engine = constants(MAX_KEPT_TURNS=2)
     wait_for(lambda: kept(engine) == [5, 6])
 
 

@@ -349,7 +349,7 @@ def test_lingering_ends_with_the_client(serve, leave):
 
 def test_spare_connections_that_linger_give_way(serve):
     """One that goes on sending, too: else there would be more threads than spare connections."""
-    served = serve(Application(), max_connections=0, SPARE_CONNECTIONS=2)
+    served = serve(Application(), max_connections=0, MAX_SPARE_CONNECTIONS=2)
     clients = [Client(served.port, request(b"POST / HTTP/1.1", b"Content-Length: 1000000000"))
                for _ in range(6)]
     for client in clients:
