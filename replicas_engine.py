@@ -48,6 +48,7 @@ import json
 import logging
 import os
 import pwd
+import queue
 import re
 import select
 import selectors
@@ -88,6 +89,13 @@ def _timestamp(milliseconds):
                          milliseconds % 1000)
 
 
+def readable(fd):
+    """Whether a read from the descriptor `fd`, or a file with one, would not block."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def writable(fd):
     """Whether a write to the descriptor `fd` would not block."""
     poll = select.poll()
@@ -103,31 +111,61 @@ def prctl(option, value):
         return False
 
 
-def _list(folder):
+def list_folder(folder):
+    """The names in a folder; none if it can't be listed."""
     try:
         return os.listdir(folder)
     except OSError:
         return []
 
 
-def temporary_path(path):
-    """Where `write_file` makes the file; `kill -9` may leave it there."""
-    return path + ".tmp"
+def open_regular(path, buffering=-1):
+    """Open a regular file to read from it, whatever else may lie there.  Raises OSError, and
+    ValueError if it is something else."""
+    file = open(path, "rb", buffering,
+                opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise ValueError("%s is not a regular file" % path)
 
 
-def write_file(path, data):
-    """Replace the file at `path` so that it is whole at any moment, also after a power cut."""
-    temporary = temporary_path(path)
+def sync_directory(path):
+    """Have the disk hold which files are in a directory.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def find_first(read, needle, begin):
+    """Where `needle` first stands from `begin` on in what `read(offset, size)` gives, or -1; the
+    end is where that gives b""."""
+    window = b""
+    while True:
+        block = read(begin, BLOCK_SIZE)
+        if not block:
+            return -1
+        window += block
+        begin += len(block)
+        found = window.find(needle)
+        if found >= 0:
+            return begin - len(window) + found
+        window = window[max(0, len(window) - len(needle) + 1):]
+
+
+def find_last(read, needle, end):
+    """Where `needle` stands last before `end` in what `read(offset, size)` gives, or -1."""
+    window = b""
+    while end > 0:
+        begin = max(0, end - BLOCK_SIZE)
+        window = read(begin, end - begin) + window[:len(needle) - 1]
+        found = window.rfind(needle)
+        if found >= 0:
+            return begin + found
+        end = begin
+    return -1
 
 
 def _rfind(file, needle, end):
@@ -142,6 +180,14 @@ def _rfind(file, needle, end):
             return begin + found
         end = begin
     return -1
+
+
+def check_utf8(data):
+    """Raise UnicodeDecodeError unless the bytes are UTF-8.  It takes the memory of a block."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for begin in range(0, len(data), BLOCK_SIZE):
+        decoder.decode(data[begin:begin + BLOCK_SIZE])
+    decoder.decode(b"", final=True)
 
 
 def _refuse_constant(name):
@@ -648,11 +694,34 @@ def check_secret(request, secret):
 # An event's data has no line end of its own, so b"\n\nid: 7.5\n" stands in the file just once and
 # finding an event is finding that.  When it came isn't written: the file was last modified when its
 # last event was appended.
+#
+# What of a log is where, while its turn runs:
+#
+#     in the file      header | event | event | event | room for more, and for an ending (zeros)
+#                             ^ start                 ^ size: readers see what lies before it
+#     in memory        pending: events that the disk can't take; nobody has seen them
+#
+# The room is set aside on the disk before anything is written, so that a turn's ending can be
+# written on a full disk too.  It goes when the log is finished; after a crash whoever opens the log
+# finds its end by looking for the last blank line.
 
 EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
 EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
 TERMINAL = ("turn.completed", "turn.failed")
 DONE = (b"done", b"{}")
+MAX_HEADER = 64 * 1024                     # bytes
+MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
+MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
+ENDING_ROOM = 32 * 1024                    # bytes: two events with such a message, and `done`
+ROOM_STEP = 64 * 1024                      # bytes that the disk is asked for at once
+MAX_UNFINISHED = 2 * MAX_EVENT             # bytes behind the last event that a crash may leave
+
+
+class NoSuchTurn(HTTPError):
+    """The turn was never started, or is no longer kept."""
+
+    def __init__(self, details):
+        super().__init__(404, "No such turn", details)
 
 
 def thread_id_of(event):
@@ -680,195 +749,232 @@ def _outcome(event):
 
 
 def _parse_event(frame):
+    """(number, type, data) of an event's lines.  Raises ValueError."""
     id_line, event_line, *data = frame.rstrip(b"\n").split(b"\n")
     text = b"\n".join(line[len(b"data: "):] for line in data)
     return (int(id_line.rpartition(b".")[2]), event_line[len(b"event: "):].decode(),
             text.decode("utf-8", "replace"))
 
 
-class _LogFile:
-    """A log as something to seek and read in, its end in memory included."""
+def _thread_started(frame):
+    """The thread id that an event's lines name if it is a thread.started, or None."""
+    try:
+        _, kind, data = _parse_event(frame)
+        return thread_id_of(json_value.decode(data)) if kind == "thread.started" else None
+    except (ValueError, AttributeError, RecursionError):
+        return None
 
-    def __init__(self, turn_log):
-        self.log = turn_log
-        self.position = 0
 
-    def __enter__(self):
-        self.file = open(self.log.path, "rb", buffering=0)
-        return self
+def _parse_header(text):
+    """The header's object.  Raises ValueError if it isn't one that an engine wrote."""
+    try:
+        header = json_value.decode(text.decode())
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    for key in ("started_at", "thread_id", "mark", "key", "fingerprint"):
+        if not isinstance(header.get(key), (str, type(None))):
+            raise ValueError("%s in its header is not a string" % key)
+    return header
 
-    def __exit__(self, *exc_info):
-        self.file.close()
 
-    def seek(self, position):
-        self.position = position
-
-    def read(self, size):
-        return self.log.read(self.position, size, self.file)
+def _reader(file, base=0):
+    """read(offset, size) for find_first and find_last, with offsets from `base` on."""
+    return lambda offset, size: os.pread(file.fileno(), size, base + offset)
 
 
 class TurnLog:
     """The events of one turn in a file: one writer, any number of readers.
 
-    `append` belongs to one thread; everything else may be called from any.  An event is published
-    when it is written, so that nobody knows of one that `kill -9` could take back.  While the disk
-    is full the end of the log is kept in memory, and the writer is expected to take on nothing more
-    until `flush` says that it is written; the end of a finished log is published all the same.
+    An event is published when it is written, so that nobody knows of one that `kill -9` could take
+    back; the ending is published when it is on the disk, so that a power cut can't either.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, header, start):
         self.path = path
         self.turn_id = int(os.path.basename(path)[:-len(".log")])
-        self.header = {}
-        self.thread_id = None       # the turn's own, else the one that it was meant to resume
-        self.start = 0              # where the first event begins: behind the header
-        self.changed = threading.Condition()    # guards the three below, notified when they change
-        self.size = 0               # bytes that are published
+        self.header = header
+        self.thread_id = header.get("thread_id")    # its own, else the one that it was to resume
+        self.start = start          # where the first event begins: behind the header
+        # Guards the next three, which change together, and is notified when they do.
+        self.changed = threading.Condition()
+        self.size = start           # bytes that are published
         self.last = 0               # the number of the last event published
-        self.finished = False       # `done` was the last event
-        self.appended = 0           # the number of the last event appended
-        self._tail = (0, b"")       # bytes in the file, and those that it could not take yet
-        self._full = False          # the last try to write failed
-        self._fd = None             # open only in the writer
+        self.finished = False       # that was `done`
+        # The writer's own
+        self.error = None           # why the disk takes no more, an OSError, or None
+        self._fd = None
+        self._room = 0              # bytes of the file that the disk has set aside
+        self._pending = []          # events that it could not take yet: pairs of type and data
 
     @classmethod
     def create(cls, path, header):
         """A new log with the given header.  Raises OSError, and then leaves no file behind."""
-        turn_log = cls(path)
-        turn_log.header = header
-        turn_log.thread_id = header.get("thread_id")
         first = b": " + json_bytes(header) + b"\n\n"
-        turn_log.start = turn_log.size = len(first)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        turn_log = cls(path, header, len(first))
+        turn_log._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            if os.write(fd, first) != len(first):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            turn_log._write(first, 0, ENDING_ROOM)
         except OSError:
-            os.close(fd)
-            os.unlink(path)
+            turn_log.discard()
             raise
-        turn_log._fd = fd
-        turn_log._tail = (len(first), b"")
         return turn_log
 
     @classmethod
     def open(cls, path):
         """The log at `path` as an engine left it, without the event that it died in.
 
-        Raises ValueError if not even the header is whole: no event of it was ever sent.
+        Raises OSError, and ValueError if it is malformed: no event of it was ever sent then.
         """
-        turn_log = cls(path)
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            first = file.readline()
-            turn_log.start = len(first) + 1
+        with open_regular(path) as file:
+            first = file.readline(MAX_HEADER)
             if not first.startswith(b": {") or file.read(1) != b"\n":
-                raise ValueError("%s has no header" % path)
-            turn_log.header = json_value.decode(first[2:].decode())
-            turn_log.thread_id = turn_log.header.get("thread_id")
-            turn_log.size = turn_log.start
-            end = _rfind(file, b"\n\n", size)
-            turn_log.size = max(end + 2, turn_log.start)
-            turn_log._tail = (turn_log.size, b"")
+                raise ValueError("it has no header")
+            turn_log = cls(path, _parse_header(first[2:]), len(first) + 1)
+            end = os.fstat(file.fileno()).st_size
+            begin = max(turn_log.start - 2, end - MAX_UNFINISHED)
+            found = find_last(_reader(file, begin), b"\n\n", end - begin)
+            if found < 0:
+                raise ValueError("it has no end")
+            turn_log.size = begin + found + 2
             if turn_log.size > turn_log.start:
-                turn_log.last, kind, _ = turn_log.events_at_end(1)[-1]
-                turn_log.appended = turn_log.last
+                turn_log.last, kind, _ = turn_log.events_at_end(1, file)[-1]
                 turn_log.finished = kind == "done"
-                turn_log._find_thread()
+                file.seek(turn_log.start)
+                turn_log._find_thread(file.read(READ_SIZE))
         return turn_log
 
-    def _find_thread(self):
-        head = self.read(self.start, READ_SIZE).partition(b"\n\n")[0].decode("utf-8", "replace")
-        match = re.search(r'^event: thread\.started\ndata: (.*)', head, re.MULTILINE)
-        if match:
-            self.thread_id = thread_id_of(json_value.decode(match.group(1))) or self.thread_id
+    def _find_thread(self, events):
+        self.thread_id = _thread_started(events.partition(b"\n\n")[0]) or self.thread_id
 
-    def reopen(self):
-        """Make this the writer of a log that was found; cuts off the event that broke off."""
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        os.ftruncate(self._fd, self._tail[0])
+    # For the writer, one thread
 
     def append(self, events):
-        """Number and write `events`, pairs of a type and its data (both bytes)."""
-        self._add(events)
-        self.flush()
+        """Number, write and publish `events`, pairs of a type and its data (both bytes); False if
+        the disk can't take them now: then they wait for `flush`."""
+        self._pending += events
+        return self.flush()
 
-    def finish(self, before_publishing):
-        """Append `done`; the callable is called when it is written and nobody knows it yet."""
-        self._add([DONE])
-        self.close()
+    def flush(self):
+        """Write and publish what is pending; False while the disk can't take it, see `error`."""
+        if not self._pending:
+            return True
+        data = self._encode(self._pending)
+        try:
+            self._write(data, self.size, ENDING_ROOM)
+            self.error = None
+        except OSError as error:
+            if self.error is None:              # once, and not with every try
+                logger.error("turn %d: its log can't be written: %s", self.turn_id, error.strerror)
+            self.error = error
+            return False
+        if not self.last:
+            self._find_thread(data)
+        count, self._pending = len(self._pending), []
+        self._publish(len(data), count)
+        return True
+
+    def drop_pending(self):
+        """Forget what the disk can't take: the types of those events."""
+        kinds, self._pending = [kind for kind, _ in self._pending], []
+        return kinds
+
+    def finish(self, ending, before_publishing):
+        """Write the events `ending` and `done`, all or nothing; publish them when they are on the
+        disk and the callable was called.  Raises OSError; then it may be tried again."""
+        if self._fd is None:
+            self._reopen()
+        data = self._encode(ending + [DONE])
+        self._write(data, self.size)
+        os.ftruncate(self._fd, self.size + len(data))       # the room that wasn't needed
+        now = time.time_ns()        # started_at's clock: the kernel's for files is some ms behind
+        os.utime(self._fd, ns=(now, now))
+        self.sync()
+        with contextlib.suppress(OSError):      # whatever it says, the descriptor is closed
+            os.close(self._fd)
+        self._fd = None
         before_publishing()
-        self._publish(finished=True)
+        self._publish(len(data), len(ending) + 1, finished=True)
 
-    def _add(self, events):
-        first = self.appended + 1
-        data = b"".join([
+    def _reopen(self):
+        """Become the writer of a log that was found.  Raises OSError."""
+        self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)
+        os.ftruncate(self._fd, self.size)       # cuts off the event that broke off
+        self._room = self.size
+
+    def sync(self, created=False):
+        """Have the disk hold what was written, so that it outlives the machine too; and the file's
+        name if it was `created`."""
+        try:
+            os.fsync(self._fd)
+            if created:
+                sync_directory(os.path.dirname(self.path))
+        except OSError as error:
+            logger.error("turn %d: its log may not outlive a power cut: %s", self.turn_id,
+                         error.strerror)
+
+    def discard(self):
+        """Delete it: its turn never was."""
+        os.close(self._fd)
+        self._fd = None
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def _encode(self, events):
+        return b"".join([
             EVENT % (self.turn_id, number, kind,
-                     text.replace(b"\r", b"\ndata: ") if b"\r" in text else text)
-            for number, (kind, text) in enumerate(events, first)])
-        written, rest = self._tail
-        self._tail = (written, rest + data)
-        self.appended += len(events)
+                     data.replace(b"\r", b"\ndata: ") if b"\r" in data else data)
+            for number, (kind, data) in enumerate(events, self.last + 1)])
 
-    def _publish(self, finished=False):
-        written, rest = self._tail
+    def _write(self, data, offset, spare=0):
+        """Write `data` at `offset`, with `spare` bytes of room behind it.  Raises OSError."""
+        end = offset + len(data) + spare
+        if end > self._room:
+            self._room = self._set_aside(end)
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(self._fd, rest, offset)
+            rest, offset = rest[written:], offset + written
+
+    def _set_aside(self, end):
+        """Have the disk set aside room up to `end`, or some more; up to where it did."""
+        for room in (end + ROOM_STEP, end):
+            try:
+                os.posix_fallocate(self._fd, self._room, room - self._room)
+                return room
+            except OSError as error:
+                if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):     # this file system can't
+                    return self._room
+                if room == end:
+                    raise
+
+    def _publish(self, size, count, finished=False):
         with self.changed:
-            self.size = written + len(rest)
-            self.last = self.appended
+            self.size += size
+            self.last += count
             self.finished = finished
             self.changed.notify_all()
 
-    def flush(self):
-        """Write and publish what is still only in memory; False while the file can't take it."""
-        if self._tail[1]:
-            if not self._write():
-                return False
-            self._publish()
-        return True
+    # For readers, from any thread
 
-    def _write(self):
-        written, rest = self._tail
-        while rest:
-            try:
-                count = os.write(self._fd, rest)
-            except OSError as error:
-                if not self._full:          # once, and not with every try
-                    logger.error("turn %d: its log can't be written: %s", self.turn_id, error)
-                self._full = True
-                return False
-            written, rest = written + count, rest[count:]
-            self._tail = (written, rest)
-        self._full = False
-        return True
+    def open_file(self):
+        """The file, to read from.  Raises HTTPError: NoSuchTurn if it is no longer kept."""
+        try:
+            return open_regular(self.path, buffering=0)
+        except FileNotFoundError:
+            raise NoSuchTurn("turn %d is no longer kept" % self.turn_id) from None
+        except OSError as error:
+            raise unavailable("The turn's log can't be read", "%s: %s"
+                              % (self.path, error.strerror)) from None
 
-    def sync(self):
-        """Have the disk hold what was written, so that it outlives the machine too."""
-        with contextlib.suppress(OSError):
-            os.fsync(self._fd)
-
-    def close(self):
-        """Give the file up, unless there is something that it could not take yet: then False."""
-        if self._fd is not None and self._write():
-            os.close(self._fd)
-            self._fd = None
-        return self._fd is None
-
-    def is_closed(self):
-        return self._fd is None
-
-    def read(self, offset, limit, file=None):
-        """Up to `limit` bytes from `offset` on; b"" at the end of what there is now."""
+    def read(self, file, offset, limit):
+        """Up to `limit` bytes of the open `file` from `offset` on; b"" at the end of what is
+        published."""
         end = min(offset + limit, self.size)
         if end <= offset:                   # most often so for a reader: no need to ask the kernel
             return b""
-        with contextlib.ExitStack() as stack:
-            if file is None:
-                file = stack.enter_context(open(self.path, "rb", buffering=0))
-            written, rest = self._tail
-            data = b""
-            if offset < written:
-                data = os.pread(file.fileno(), min(end, written) - offset, offset)
-            return data + rest[max(0, offset - written):end - written] if end > written else data
+        return os.pread(file.fileno(), end - offset, offset)
 
     def wait(self, offset, timeout):
         """Wait until there is more than `offset` bytes or the end, `timeout` seconds at most."""
@@ -877,55 +983,46 @@ class TurnLog:
                 self.changed.wait(timeout)
 
     def offset_after(self, number):
-        """Where the event behind event `number` begins (0: the first), or None: no such event."""
+        """Where the event behind event `number` begins (0: the first), or None: no such event.
+        Raises HTTPError."""
         with self.changed:
             size, last = self.size, self.last
         if number == 0:
             return self.start
         if number >= last:
             return size if number == last else None
-        needle = b"\n\nid: %d.%d\n" % (self.turn_id, number + 1)
-        offset, window = self.start - 2, b""
-        while True:
-            block = self.read(offset, READ_SIZE)
-            window = window[-len(needle):] + block
-            found = window.find(needle)
-            if found >= 0:
-                return offset + len(block) - len(window) + found + 2
-            if not block:
-                raise ValueError("%s has no event %d" % (self.path, number + 1))
-            offset += len(block)
+        with self.open_file() as file:
+            found = find_first(_reader(file), b"\n\nid: %d.%d\n" % (self.turn_id, number + 1),
+                               self.start - 2)
+        if found < 0:
+            raise ValueError("%s has no event %d" % (self.path, number + 1))
+        return found + 2
 
-    def events_at_end(self, count):
-        """The last `count` events: (number, type, data) each."""
+    def events_at_end(self, count, file):
+        """The last `count` events in the open `file`: (number, type, data) each."""
         with self.changed:
-            size = self.size
-        events, end = [], size
-        with _LogFile(self) as file:
-            while len(events) < count and end > self.start:
-                begin = max(_rfind(file, b"\n\nid: ", end), self.start - 2) + 2
-                events.insert(0, _parse_event(self._slice(begin, end)))
-                end = begin
+            end = self.size
+        events = []
+        while len(events) < count and end > self.start:
+            begin = max(find_last(_reader(file), b"\n\nid: ", end), self.start - 2) + 2
+            events.insert(0, _parse_event(os.pread(file.fileno(), end - begin, begin)))
+            end = begin
         return events
 
-    def _slice(self, begin, end):
-        data = b""
-        while len(data) < end - begin:
-            data += self.read(begin + len(data), end - begin - len(data))
-        return data
-
     def summary(self):
-        """What `GET /codex/status` says of the turn."""
+        """What `GET /codex/status` says of the turn.  Raises HTTPError."""
         with self.changed:
             last, finished = self.last, self.finished
-        modified = timestamp(os.stat(self.path).st_mtime)
+        with self.open_file() as file:
+            modified = timestamp(os.fstat(file.fileno()).st_mtime)
+            events = self.events_at_end(2, file)
         summary = {"id": self.turn_id, "status": "running",
                    "started_at": self.header.get("started_at"),
                    "finished_at": modified if finished else None,
                    "last_event_at": modified if last else None,
                    "last_event_id": "%d.%d" % (self.turn_id, last) if last else None,
                    "usage": None, "error": None}
-        ending = next((e for e in reversed(self.events_at_end(2)) if e[1] in TERMINAL), None)
+        ending = next((event for event in reversed(events) if event[1] in TERMINAL), None)
         if ending:
             event = json_value.decode(ending[2])
             summary["usage"] = event.get("usage")
@@ -962,10 +1059,11 @@ class EventStream:
     keep_alive = b": keep-alive\n\n"
 
     def __init__(self, turn_log, offset):
+        """Raises HTTPError as TurnLog.open_file does."""
         self.log = turn_log
         self.offset = offset
         self.next_comment = 0.0
-        self.file = open(turn_log.path, "rb", buffering=0)
+        self.file = turn_log.open_file()
 
     def __iter__(self):
         return self
@@ -987,7 +1085,7 @@ class EventStream:
     def _read(self):
         """What there is to send, or None if there is nothing yet."""
         finished = self.log.finished                # looked at first: no event comes after it
-        data = self.log.read(self.offset, STREAM_SIZE, self.file)
+        data = self.log.read(self.file, self.offset, STREAM_SIZE)
         if not data:
             if finished:
                 raise StopIteration
@@ -1261,7 +1359,7 @@ class Rollouts:
         name = re.compile(r"(rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl)(?:\.zst)?"
                           % re.escape(thread_id))
         for folder in self._folders(thread_id):
-            for entry in _list(folder):
+            for entry in list_folder(folder):
                 match = thread_id in entry and name.fullmatch(entry)    # the first test is cheap
                 plain = match and os.path.join(folder, match.group(1))
                 if plain and _existing(plain):
@@ -1274,10 +1372,10 @@ class Rollouts:
         likely = [os.path.join(self.sessions, day) for day in _likely_days(thread_id)]
         yield from likely
         yield self.archive
-        for year in sorted(_list(self.sessions), reverse=True):
-            for month in sorted(_list(os.path.join(self.sessions, year)), reverse=True):
+        for year in sorted(list_folder(self.sessions), reverse=True):
+            for month in sorted(list_folder(os.path.join(self.sessions, year)), reverse=True):
                 base = os.path.join(self.sessions, year, month)
-                for day in sorted(_list(base), reverse=True):
+                for day in sorted(list_folder(base), reverse=True):
                     yield os.path.join(base, day)
 
 
@@ -1613,7 +1711,7 @@ class CodexFinder:
         for folder in GLOBAL_PLACES:
             yield os.path.join(self._expand(folder), "codex")
         for folder in map(self._expand, NODE_VERSIONS):
-            for version in sorted(_list(folder), reverse=True):
+            for version in sorted(list_folder(folder), reverse=True):
                 yield os.path.join(folder, version, "bin", "codex")
                 yield os.path.join(folder, version, "installation", "bin", "codex")
 
@@ -1815,15 +1913,239 @@ class TurnOptions:
 
 
 # ---------------------------------------------------------------------------------------------
+# Driving Codex: exec
+# ---------------------------------------------------------------------------------------------
+# A driver says what to run, what to write to it, and which events the lines are that it prints.  It
+# knows nothing of processes, logs and deadlines; it has one run of Codex, and is made anew for
+# another.
+
+MAX_STDERR_TAIL = 8 * 1024                 # bytes of Codex's stderr that are kept
+MAX_LOGGED_SKIPS = 5                       # skipped lines of a run that get a log line each
+
+
+def _well_formed(text):
+    """`text` with lone surrogates, which JSON can carry and UTF-8 can't, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Exec:
+    """A turn by way of `codex exec`: the message goes in, and every line that comes is an event.
+
+    `arguments` is the command line, `input` what goes to standard input before its end.
+    """
+
+    def __init__(self, settings, codex, options, thread_id, message):
+        self.arguments = codex_arguments(settings, codex, options, thread_id)
+        self.input = _well_formed(message).encode()
+
+    def events(self, line):
+        """The events in a line of standard output: (type, data, value) each, the first two bytes.
+        Raises ValueError if it isn't one that a client can get."""
+        if not line.isascii():
+            try:
+                check_utf8(line)
+            except UnicodeDecodeError:
+                line = line.decode("utf-8", "replace").encode()
+        try:
+            value = json_text.decode(line.decode("latin-1"))    # a byte a character: see json_line
+            fit = EVENT_TYPE.fullmatch(value["type"]) and value["type"] != "done"   # that is ours
+        except (TypeError, KeyError, RecursionError):
+            fit = False
+        if not fit:
+            raise ValueError("not an event")
+        return [(value["type"].encode(), line, value)]
+
+
+class Alarm:
+    """Wakes a thread that waits in a selector, from any other: a pipe, of which it waits at `fd`."""
+
+    def __init__(self):
+        self.fd, self._into = os.pipe()
+        os.set_blocking(self._into, False)
+        self._lock = threading.Lock()       # it is rung or closed, by one thread at a time
+
+    def ring(self):
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if self._into is not None:
+                os.write(self._into, b"!")
+
+    def clear(self):
+        return os.read(self.fd, 4096)
+
+    def close(self):
+        with self._lock:
+            os.close(self.fd)
+            os.close(self._into)
+            self._into = None
+
+
+def _signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal %d" % number
+
+
+class CodexRun:
+    """One process of Codex, its pipes and what comes out of them, from its start to its end.
+
+    It belongs to the turn's thread.  Raises OSError, ValueError and RuntimeError where the process
+    or the thread that waits for it can't be started; then nothing is left of it.
+    """
+
+    def __init__(self, driver, settings, codex, mark, alarm):
+        """`alarm` is the Alarm that tells when the process has exited."""
+        self.driver = driver
+        self.alarm = alarm
+        self.events = []                    # that came and were not taken yet
+        self.stderr = b""                   # its end
+        self.skipped = 0                    # lines that were no events
+        self._input = memoryview(driver.input)
+        self._line = bytearray()            # a line whose end is still to come
+        self._too_long = False              # its beginning was thrown away
+        self.child = start_process(
+            driver.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, bufsize=0, cwd=settings.workspace,
+            env=codex_environment(settings, codex, mark))
+        self.streams = (self.child.stdin, self.child.stdout, self.child.stderr)
+        self._selector = selectors.DefaultSelector()
+        try:
+            self._wire(mark)
+        except BaseException:
+            self.child.kill()
+            self.close()
+            raise
+
+    def _wire(self, mark):
+        # Codex does nothing yet, so whoever else is there now was there before the turn.
+        earlier = {entry.group for pid, entry in processes() if pid != self.child.pid}
+        self.processes = TurnProcesses(mark, self.child.pid, earlier=earlier)
+        for stream in self.streams:
+            os.set_blocking(stream.fileno(), False)
+        self._selector.register(self.alarm.fd, selectors.EVENT_READ, self.alarm.clear)
+        self._selector.register(self.child.stdin, selectors.EVENT_WRITE, self._write_input)
+        self._selector.register(self.child.stdout, selectors.EVENT_READ, self._read_stdout)
+        self._selector.register(self.child.stderr, selectors.EVENT_READ, self._read_stderr)
+        threading.Thread(target=self._await_exit, name="codex %d" % self.child.pid,
+                         daemon=True).start()
+
+    def _await_exit(self):
+        self.child.wait()
+        self.alarm.ring()
+
+    def has_exited(self):
+        return self.child.returncode is not None
+
+    def exchange(self, seconds):
+        """Write and read what can be, and wait for that or the alarm `seconds` at most."""
+        for key, _ in self._selector.select(seconds):
+            if not key.data():
+                self._selector.unregister(key.fileobj)
+                key.fileobj.close()
+
+    def hold_back(self, holding):
+        """Read no events while `holding`, so that Codex waits and memory doesn't fill; whether that
+        is a change."""
+        stdout = self.child.stdout
+        if stdout.closed or holding == (stdout not in self._selector.get_map()):
+            return False
+        if holding:
+            self._selector.unregister(stdout)
+        else:
+            self._selector.register(stdout, selectors.EVENT_READ, self._read_stdout)
+        return True
+
+    def take_events(self):
+        events, self.events = self.events, []
+        return events
+
+    def _write_input(self):
+        try:
+            written = os.write(self.child.stdin.fileno(), self._input[:READ_SIZE])
+        except BlockingIOError:
+            return True
+        except OSError:                     # Codex doesn't want it: its exit will tell
+            return False
+        self._input = self._input[written:]
+        return len(self._input) > 0
+
+    def _read_stderr(self):
+        try:
+            data = os.read(self.child.stderr.fileno(), READ_SIZE)
+        except BlockingIOError:
+            return True
+        self.stderr = (self.stderr + data)[-MAX_STDERR_TAIL:]
+        return bool(data)
+
+    def _read_stdout(self):
+        try:
+            data = os.read(self.child.stdout.fileno(), READ_SIZE)
+        except BlockingIOError:
+            return True
+        lines = data.split(b"\n")
+        self._line += lines[0]              # of a bytearray: linear, however small the pieces
+        if len(lines) > 1:
+            lines[0] = bytes(self._line)
+            self._line = bytearray(lines.pop())
+            for line in lines:
+                self._take_line(line.strip(b" \t\r"))
+        if len(self._line) > MAX_EVENT:
+            self._line, self._too_long = bytearray(), True
+        return bool(data)
+
+    def _take_line(self, line):
+        too_long, self._too_long = self._too_long or len(line) > MAX_EVENT, False
+        try:
+            if too_long:
+                raise ValueError("longer than %d bytes" % MAX_EVENT)
+            if line:
+                self.events += self.driver.events(line)
+        except ValueError as error:
+            self.skip(error if too_long else "not an event: %d bytes" % len(line))
+
+    def skip(self, reason):
+        """Say that a line goes to no client: the first ones, lest they fill the journal."""
+        self.skipped += 1
+        if self.skipped <= MAX_LOGGED_SKIPS:
+            logger.warning("codex %d: skipped a line: %s", self.child.pid, reason)
+
+    def drain(self):
+        """Read what is in the pipes, and no more: a process that Codex left may hold them open.
+        Then the last line counts, even without an LF."""
+        for stream, read in ((self.child.stdout, self._read_stdout),
+                             (self.child.stderr, self._read_stderr)):
+            for _ in range(64):             # reads of 16 KiB make the largest pipe, 1 MiB: pipe(7)
+                if stream.closed or not readable(stream) or not read():
+                    break
+        self._take_line(bytes(self._line).strip(b" \t\r"))
+        self._line = bytearray()
+
+    def how_it_ended(self):
+        status = self.child.returncode
+        if status is None:
+            return "could not be stopped"
+        if status < 0:
+            return "was killed by %s" % _signal_name(-status)
+        return "exited with status %d" % status
+
+    def last_words(self):
+        """The end of what it printed to standard error."""
+        text = self.stderr.decode("utf-8", "replace")
+        return text.replace("Reading prompt from stdin...", "").strip()
+
+    def close(self):
+        """Give up the descriptors; the process may still be there."""
+        self._selector.close()
+        for stream in self.streams:
+            stream.close()
+
+
+# ---------------------------------------------------------------------------------------------
 # Turn
 # ---------------------------------------------------------------------------------------------
 
 EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
 DISK_PATIENCE = 1.0                        # seconds between two tries to write to a full disk
-MAX_LINE = 256 * 1024 * 1024               # bytes of a line that is still taken for an event
-MAX_STDERR_TAIL = 8 * 1024                 # bytes of Codex's stderr that are kept
-MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
-MAX_LOGGED_SKIPS = 5                       # skipped lines of a turn that get a log line each
 
 STOP_MESSAGES = {
     "interrupted": "The turn was interrupted",
@@ -1844,23 +2166,13 @@ UNKNOWN_THREAD = re.compile(
     re.IGNORECASE)
 
 
-def _signal_name(number):
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "signal %d" % number
-
-
-def _well_formed(text):
-    """`text` with lone surrogates, which JSON can carry and UTF-8 can't, replaced by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 class Turn:
-    """One message to Codex and all that comes of it: a `codex exec`, run and read by one thread.
+    """One message to Codex and all that comes of it: its log, its deadlines, its ending.
 
-    A turn is over when Codex has exited and its log is finished.  `ready` is set once Codex was
-    started, or could not be (then `problem` is the HTTPError), and `over` at the end.
+    It is run by a thread of its own, in which a CodexRun does the work, or two: where Codex doesn't
+    know the thread any more, the message goes to a new one.  `ready` is set once Codex was started,
+    or could not be (then `problem` is the HTTPError), and `over` when Codex has exited and the log
+    is finished.
     """
 
     def __init__(self, runner, turn_id, thread_id, message, options):
@@ -1871,43 +2183,47 @@ class Turn:
         self.message = message
         self.options = options
         self.mark = os.urandom(16).hex()
-        self.log = None
-        self.folder = runner.turn_path(turn_id)[:-len(".log")] + ".files"
-        self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
-        self.child = None
-        self.terminal = None                # the type of the event with which Codex ended it
-        self.problem = None
+        self.folder = runner.state.files_folder(turn_id)
+        # For everybody
         self.ready = threading.Event()
         self.over = threading.Event()
+        self.problem = None
+        self.log = None
         self.forgotten = False              # by a reset; guarded by the runner's lock
         self.stop_code = None               # why it is being stopped; guarded by the runner's lock
-        self._pipe = os.pipe()              # that wakes its thread; None when the turn is over
-        self._waking = threading.Lock()     # it is written to or closed
+        self.alarm = Alarm()                # rung when there is something to look at
+        # Its own thread's
+        self.codex = None
+        self.run = None                     # the CodexRun
+        self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
+        self.items = set()                  # ids of the items in progress
+        self.terminal = None                # the type of the event with which Codex ended it
+        # Moments of time.monotonic
+        self.started_at = self.last_event_at = self.ended_at = time.monotonic()
+        # The stopper's
+        self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None when there are none
+        self._is_stopping = False
+        self._stopped = threading.Event()
 
-    def wake(self):
-        """From any thread: look at what has changed."""
-        with self._waking:
-            if self._pipe:
-                os.write(self._pipe[1], b"!")
+    # For any thread but its own
 
     def start(self):
         """Run it in a thread of its own; `ready` and `over` are set whatever comes."""
         try:
-            threading.Thread(target=self.run, name="turn %d" % self.id, daemon=True).start()
+            threading.Thread(target=self._main, name="turn %d" % self.id, daemon=True).start()
         except RuntimeError as error:       # there are too many threads
             self._not_started(error)
 
     def log_once_started(self):
-        """From any thread but its own: its log, once Codex was started.  Raises HTTPError."""
+        """Its log, once Codex was started.  Raises HTTPError."""
         self.ready.wait()
         if self.problem:
             raise HTTPError(*self.problem.args)     # a new one: it will hold its stack's frames
         return self.log
 
-    # Everything below belongs to the turn's own thread.
+    # Its own thread, in the order in which things happen
 
-    def run(self):
-        """The turn from its start to its end."""
+    def _main(self):
         try:
             self._start()
         except Exception as error:          # whatever it is, nobody may wait for this turn for ever
@@ -1917,23 +2233,16 @@ class Turn:
         try:
             self._relay()
             if self._is_thread_unknown():
-                logger.warning("turn %d: Codex doesn't know thread %s any more: the message "
-                                  "goes to a new one", self.id, self.thread_id)
+                logger.warning("turn %d: Codex doesn't know thread %s any more: the message goes "
+                               "to a new one", self.id, self.thread_id)
+                self.run.close()
                 self._launch(None)
                 self._relay()
         except Exception:                   # a bug, but no reason to leave Codex running
             logger.exception("turn %d: the engine failed", self.id)
-            self.processes.stop()
+            self.run.processes.stop()
         finally:
             self._end()
-
-    def _not_started(self, error):
-        self.problem = HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
-            "The turn can't be started", str(error))
-        self._leave()
-        self.runner.not_started(self)
-        self.ready.set()
-        self._over()
 
     def _start(self):
         """Start Codex, which does nothing before it has its prompt, and then the log."""
@@ -1945,180 +2254,125 @@ class Turn:
             self.options.write_files(self.folder)
         mounts = [os.path.join(self.settings.workspace, name) for name in SANDBOX_MOUNTS]
         self.absent = [path for path in mounts if not os.path.lexists(path)]
+        # Before it is needed: there may be too many threads then.
+        threading.Thread(target=self._stop_when_told, name="stop turn %d" % self.id,
+                         daemon=True).start()
         with explained("Codex can't be started", "see CODEX_PATH"):
             self._launch(self.thread_id)
-        codex = {"pid": self.child.pid, "started": self.processes.started}
-        header = {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
-                  "mark": self.mark, "codex": codex, **self.runner.key_of(self.id)}
         with explained("The turn's log can't be written", make_room):
-            self.log = self.runner.create_log(self.id, header)
-        self.log.sync()
+            self.log = self.runner.create_log(self)
+        self.run.exchange(0)                # Codex gets its prompt
+        self.log.sync(created=True)
         logger.info("turn %d started: %s, codex pid %d", self.id,
                     "thread %s" % self.thread_id if self.thread_id else "new thread",
-                    self.child.pid)
-        self.runner.changed()
+                    self.run.child.pid)
+        self.runner.started(self)
+
+    def header(self):
+        """The log's header: what is known of the turn before its first event."""
+        return {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
+                "mark": self.mark, "codex": {"pid": self.run.child.pid,
+                                             "started": self.run.processes.started}}
 
     def _launch(self, thread_id):
         """Start Codex on the thread, or on a new one."""
-        self.started = self.last_event = time.monotonic()
-        self.items = set()                  # ids of the items in progress
-        self.partial = []                   # pieces of a line whose end is still to come
-        self.skipped = 0
-        self.stderr = b""
-        self.stopper = None
-        self.stopped = False
-        self.prompt = memoryview(_well_formed(self.message).encode())
-        self.child = start_process(
-            codex_arguments(self.settings, self.codex, self.options, thread_id),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-            cwd=self.settings.workspace,
-            env=codex_environment(self.settings, self.codex, self.mark))
-        # Codex does nothing yet, so whoever else is there now was there before the turn.
-        earlier = {entry.group for pid, entry in processes() if pid != self.child.pid}
-        self.processes = TurnProcesses(self.mark, self.child.pid, earlier=earlier)
-        threading.Thread(target=self._await_exit, args=(self.child,), daemon=True).start()
+        driver = Exec(self.settings, self.codex, self.options, thread_id, self.message)
+        self.run = CodexRun(driver, self.settings, self.codex, self.mark, self.alarm)
+        self.last_event_at = time.monotonic()
 
-    def _await_exit(self, child):
-        child.wait()
-        self.wake()
+    def _not_started(self, error):
+        self.problem = HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
+            "The turn can't be started", str(error))
+        if self.run:
+            self.run.child.kill()
+        self._leave()
+        self.runner.not_started(self)
+        self.ready.set()
+        self._be_over()
 
     def _relay(self):
-        """Feed Codex its prompt and read what it prints, until it has exited or was stopped."""
-        child, reading = self.child, True
-        with selectors.DefaultSelector() as selector:
-            for stream in (child.stdin, child.stdout, child.stderr):
-                os.set_blocking(stream.fileno(), False)
-            selector.register(self._pipe[0], selectors.EVENT_READ, self._woken)
-            selector.register(child.stdin, selectors.EVENT_WRITE, self._write_prompt)
-            selector.register(child.stdout, selectors.EVENT_READ, self._read_stdout)
-            selector.register(child.stderr, selectors.EVENT_READ, self._read_stderr)
-            while child.returncode is None and not self.stopped:
-                for key, _ in selector.select(self._next_look(reading)):
-                    if not key.data():
-                        selector.unregister(key.fileobj)
-                        key.fileobj.close()
-                reading = self._hold_back(selector, reading)
-        for stream, read in ((child.stdout, self._read_stdout), (child.stderr, self._read_stderr)):
-            self._drain(stream, read)
-        child.stdin.close()
-        if self.stopper:
-            self.stopper.join()
+        """Let Codex have its prompt and publish what it prints, until it has exited and all of that
+        is in the log, or the turn was stopped."""
+        run = self.run
+        while not self._stopped.is_set() and not (run.has_exited() and self.log.flush()):
+            self._hold_back(not self.log.flush())
+            run.exchange(self._next_look())
+            self._publish(run.take_events())
+            if self.stop_code:
+                self._stop()
+        run.drain()
+        self._publish(run.take_events())
+        if self._is_stopping:
+            self._stopped.wait()
 
-    def _hold_back(self, selector, reading):
-        """While the disk is full nothing is read, so that Codex waits and memory doesn't fill."""
-        stdout, writable = self.child.stdout, self.log.flush()
-        if not stdout.closed and writable != reading:
-            if writable:
-                selector.register(stdout, selectors.EVENT_READ, self._read_stdout)
-                self.last_event = time.monotonic()      # we kept it waiting, and not it us
-            else:
-                selector.unregister(stdout)
-            return writable
-        return reading
+    def _hold_back(self, holding):
+        if self.run.hold_back(holding) and not holding:
+            self.last_event_at = time.monotonic()       # we kept it waiting, and not it us
+        if holding and self.log.error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            self.runner.stop(self, "stalled")
 
-    @staticmethod
-    def _drain(stream, read):
-        """Read what is in the pipe, and no more: a process that Codex left may hold it open."""
-        with selectors.PollSelector() as selector:
-            if not stream.closed:
-                selector.register(stream, selectors.EVENT_READ)
-            for _ in range(64):             # reads of 16 KiB make the largest pipe, 1 MiB: pipe(7)
-                if stream.closed or not selector.select(0) or not read():
-                    break
-        stream.close()
+    def _stop(self):
+        """Have the stopper begin; not if the turn has ended by itself and that is in the log."""
+        if not self._is_stopping and not (self.terminal and self.log.flush()):
+            self._is_stopping = True
+            self._orders.put(self.run.processes)
 
-    def _woken(self):
-        os.read(self._pipe[0], 4096)
-        if self.stop_code and self.stopper is None and not self.terminal:
-            self.stopper = threading.Thread(target=self._stop_processes, daemon=True)
-            self.stopper.start()
-        return True
-
-    def _stop_processes(self):
-        """In a thread of its own, since Codex's last words want reading meanwhile."""
+    def _stop_when_told(self):
+        """The stopper, a thread of its own, since Codex's last words want reading meanwhile."""
+        processes_to_stop = self._orders.get()
         try:
-            self.processes.stop()
+            if processes_to_stop:
+                processes_to_stop.stop()
         finally:
-            self.stopped = True
-            self.wake()
+            self._stopped.set()
+            self.alarm.ring()
 
-    def _write_prompt(self):
-        try:
-            written = os.write(self.child.stdin.fileno(), self.prompt[:READ_SIZE])
-        except BlockingIOError:
-            return True
-        except OSError:                     # Codex doesn't want it: its exit will tell
-            return False
-        self.prompt = self.prompt[written:]
-        return len(self.prompt) > 0
+    def _next_look(self):
+        """Seconds until the next deadline, or None; what is past its deadline is stopped."""
+        holding = self.log.error is not None
+        waits = [DISK_PATIENCE] if holding else []
+        if self._is_stopping:
+            return min(waits, default=None)
+        now, deadlines = time.monotonic(), []
+        if self.terminal:
+            patience = INTERRUPT_PATIENCE if self.stop_code else EXIT_PATIENCE
+            deadlines.append((self.ended_at + patience, None))
+        elif self.settings.turn_timeout:
+            deadlines.append((self.started_at + self.settings.turn_timeout, "timeout"))
+        if self.settings.idle_timeout and not (self.items or self.terminal or holding):
+            deadlines.append((self.last_event_at + self.settings.idle_timeout, "stalled"))
+        for deadline, code in deadlines:
+            if now >= deadline:
+                self._too_late(code)
+                return 0 if code else DISK_PATIENCE
+        return min(waits + [deadline - now for deadline, _ in deadlines], default=None)
 
-    def _read_stderr(self):
-        try:
-            data = os.read(self.child.stderr.fileno(), READ_SIZE)
-        except BlockingIOError:
-            return True
-        self.stderr = (self.stderr + data)[-MAX_STDERR_TAIL:]
-        return bool(data)
-
-    def _read_stdout(self):
-        try:
-            data = os.read(self.child.stdout.fileno(), READ_SIZE)
-        except BlockingIOError:
-            return True
-        head, newline, rest = data.rpartition(b"\n")
-        if newline:
-            lines = (b"".join(self.partial) + head).split(b"\n")
-            self.partial = [rest]
-            self._publish(lines)
+    def _too_late(self, code):
+        if code is None:                    # the turn has ended by itself: what it left may stay
+            logger.warning("turn %d: Codex doesn't exit and is killed", self.id)
+            self.run.child.kill()
         else:
-            self.partial.append(data)
-            if sum(map(len, self.partial)) > MAX_LINE:
-                self.partial = [b"(too long) "]
-        return bool(data)
+            self.runner.stop(self, code)
 
-    def _publish(self, lines):
-        events = [event for event in map(self._event, lines) if event]
-        if events:
-            self.last_event = time.monotonic()
-            self.log.append(events)
+    # What the turn learns from an event; a false answer keeps it from the clients.
 
-    def _event(self, line):
-        """The event in a line that Codex printed, its type and text (both bytes), or None."""
-        line = line.strip(b" \t\r")
-        try:
-            text = line.decode()
-        except UnicodeDecodeError:
-            text = line.decode("utf-8", "replace")
-            line = text.encode()
-        try:
-            event = json_text.decode(text)
-            kind = event["type"]
-            fit = EVENT_TYPE.fullmatch(kind) and kind != "done"     # `done` is the engine's own
-        except (ValueError, TypeError, KeyError, RecursionError):
-            fit = None
-        if not fit or self.terminal:
-            self._skip(line)
-            return None
-        if kind in self.EVENTS and not self.EVENTS[kind](self, event):
-            return None
-        return kind.encode(), line
+    def _publish(self, events):
+        """Append the events to the log but for those that aren't for the clients."""
+        wanted = [(kind, data) for kind, data, value in events if self._learn(kind.decode(), value)]
+        if wanted:
+            self.last_event_at = time.monotonic()
+            self.log.append(wanted)
 
-    def _skip(self, line):
-        if line:
-            self.skipped += 1
-            if self.skipped <= MAX_LOGGED_SKIPS:
-                logger.warning("turn %d: skipped a line of %d bytes that is no event", self.id,
-                               len(line))
-
-    # What the engine itself learns from an event; a false answer keeps it from the clients.
+    def _learn(self, kind, event):
+        if self.terminal:
+            self.run.skip("it came after the turn's end")
+            return False
+        learn = self.LESSONS.get(kind)
+        return learn is None or learn(self, event)
 
     def _thread_started(self, event):
-        thread_id = thread_id_of(event)
-        if thread_id is None:
-            logger.warning("turn %d: a thread id that is none", self.id)
-        else:
-            self.log.thread_id = thread_id
-            self.runner.thread_started(self, thread_id)
+        if thread_id_of(event) is None:
+            logger.warning("turn %d: a malformed thread id", self.id)
         return True
 
     def _item_started(self, event):
@@ -2137,134 +2391,226 @@ class Turn:
         if event["type"] == "turn.failed" and self.stop_code:
             return False                    # we stop it and say why ourselves
         self.terminal = event["type"]
-        self.ended = time.monotonic()
+        self.ended_at = time.monotonic()
         return True
 
-    EVENTS = {"thread.started": _thread_started, "item.started": _item_started,
-              "item.completed": _item_completed, "turn.completed": _turn_ended,
-              "turn.failed": _turn_ended}
+    LESSONS = {"thread.started": _thread_started, "item.started": _item_started,
+               "item.completed": _item_completed, "turn.completed": _turn_ended,
+               "turn.failed": _turn_ended}
 
-    def _next_look(self, reading):
-        """Seconds until the next deadline, or None; what is past its deadline is stopped."""
-        if self.stopper:
-            return None if reading else DISK_PATIENCE
-        now, deadlines = time.monotonic(), []
-        if self.terminal:
-            patience = INTERRUPT_PATIENCE if self.stop_code else EXIT_PATIENCE
-            deadlines.append((self.ended + patience, None))
-        elif self.settings.turn_timeout:
-            deadlines.append((self.started + self.settings.turn_timeout, "timeout"))
-        if self.settings.idle_timeout and not self.items and not self.terminal and reading:
-            deadlines.append((self.last_event + self.settings.idle_timeout, "stalled"))
-        for deadline, code in deadlines:
-            if now >= deadline:
-                self._too_late(code)
-                return 0 if code else DISK_PATIENCE
-        waits = [deadline - now for deadline, _ in deadlines] + ([] if reading else [DISK_PATIENCE])
-        return min(waits, default=None)
-
-    def _too_late(self, code):
-        if code is None:                    # the turn has ended by itself: what it left may stay
-            logger.warning("turn %d: Codex doesn't exit and is killed", self.id)
-            self.child.kill()
-        else:
-            self.runner.stop(self, code)
+    # Its end
 
     def _is_thread_unknown(self):
-        return (self.thread_id and not self.log.appended and not self.stop_code
-                and self.child.returncode and UNKNOWN_THREAD.search(self.stderr))
+        return (self.thread_id and not self.log.last and not self.stop_code
+                and self.run.child.returncode and UNKNOWN_THREAD.search(self.run.stderr))
 
     def _end(self):
-        """Give the log its ending, then let the next turn start, then say so."""
-        code = self.stop_code or "exited"
-        try:
-            self._publish([b"".join(self.partial)])     # a last line that has no newline
-            if not self.terminal:
-                self.log.append(failure(self._failure_message(code), code))
-            self.log.sync()
+        """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
+        with contextlib.ExitStack() as stack:           # the last one first
+            stack.callback(self.runner.prune)
+            stack.callback(reap_orphans)
+            stack.callback(self._be_over)
+            stack.callback(self.runner.release, self)
+            dropped = self.log.drop_pending()
+            if dropped:
+                logger.error("turn %d: %d events are lost: its log can't be written: %s", self.id,
+                             len(dropped), self.log.error.strerror)
+                self.terminal = None
+            code = self.stop_code or "exited"
+            ending = [] if self.terminal else failure(self._failure_message(code), code)
             self._leave()
-        finally:
-            self.log.finish(lambda: self.runner.release(self))
+            self.runner.finish_log(self.log, ending, lambda: self.runner.release(self))
             logger.info("turn %d ended: %s, %d events, %.1f s", self.id, self.terminal or code,
-                        self.log.last, time.monotonic() - self.started)
-            self._over()
-        reap_orphans()
-        self.runner.prune()
-
-    def _over(self):
-        with self._waking:
-            for fd in self._pipe:
-                os.close(fd)
-            self._pipe = None
-        self.over.set()
-
-    def _leave(self):
-        """Nothing of the turn stays but its log, and what it did in the workspace."""
-        if self.problem and self.child:
-            self.child.kill()
-            for stream in (self.child.stdin, self.child.stdout, self.child.stderr):
-                stream.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for path in () if self.terminal else self.absent:
-            with contextlib.suppress(OSError):          # not there, or not empty
-                os.rmdir(path)
+                        self.log.last, time.monotonic() - self.started_at)
 
     def _failure_message(self, code):
         if code != "exited":
             seconds = {"stalled": self.settings.idle_timeout, "timeout": self.settings.turn_timeout}
             message = STOP_MESSAGES[code]
+            if code == "stalled" and self.log.error:
+                return "The turn's log can't be written: %s" % self.log.error.strerror
             return message % seconds[code] if code in seconds else message
-        status = self.child.returncode
-        if status is None:
-            how = "could not be stopped"
-        elif status < 0:
-            how = "was killed by %s" % _signal_name(-status)
-        else:
-            how = "exited with status %d" % status
-        message = "Codex %s before the turn was completed" % how
-        stderr = self.stderr.decode("utf-8", "replace").replace(
-            "Reading prompt from stdin...", "").strip()
-        if stderr:
-            message += ": " + stderr[-(MAX_FAILURE_MESSAGE - len(message) - 2):]
+        message = "Codex %s before the turn was completed" % self.run.how_it_ended()
+        words = self.run.last_words()
+        if words:
+            message += ": " + words[-(MAX_FAILURE_MESSAGE - len(message) - 2):]
         return message
+
+    def _leave(self):
+        """Nothing of the turn stays but its log, and what it did in the workspace."""
+        if self.run:
+            self.run.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in () if self.terminal else self.absent:
+            with contextlib.suppress(OSError):          # not there, or not empty
+                os.rmdir(path)
+
+    def _be_over(self):
+        self._orders.put(None)              # the stopper may go
+        self.alarm.close()
+        self.over.set()
 
 
 # ---------------------------------------------------------------------------------------------
-# CodexRunner
+# State directory
 # ---------------------------------------------------------------------------------------------
 
 MAX_KEPT_TURNS = 100
 MAX_KEPT_BYTES = 256 * 1024 * 1024
+MAX_ID_GAP = 10 ** 9                       # no engine leaves more turns out; a forged log may
 
 
 class StateInUse(Exception):
     """Another engine works with the state directory."""
 
 
+class StateDirectory:
+    """What outlives the engine, in the directory REPLICAS_ENGINE_STATE:
+
+        lock            locked while an engine works with the directory
+        turns/7.log     a kept turn, see TurnLog; with .broken behind it if it can't be read
+        turns/7.reset   the thread was reset when turn 7 was the newest: that is behind it
+        turns/7.files/  what Codex takes as a file only, while turn 7 runs
+
+    Replicas-engine 0.2.0 kept the thread in thread.json.  Its id goes into a .reset, which says by
+    that what the thread is until there is a turn behind it.
+    """
+
+    NAME = re.compile(r"(0|[1-9][0-9]{0,14})\.(log|log\.broken|reset)")
+
+    def __init__(self, path):
+        self.path = path
+        self.turns = os.path.join(path, "turns")
+        self._lock_file = None
+
+    def open(self):
+        """Make it, and keep every other engine out of it.  Raises OSError and StateInUse."""
+        os.makedirs(self.turns, mode=0o700, exist_ok=True)
+        os.chmod(self.path, 0o700)
+        self._lock_file = open(os.path.join(self.path, "lock"), "a+")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise StateInUse("another engine is running with the state directory %s"
+                             % self.path) from None
+        for name in list_folder(self.turns):
+            if name.endswith(".files"):
+                shutil.rmtree(os.path.join(self.turns, name), ignore_errors=True)
+
+    def close(self):
+        self._lock_file.close()
+
+    def turn_path(self, turn_id):
+        return os.path.join(self.turns, "%d.log" % turn_id)
+
+    def files_folder(self, turn_id):
+        return os.path.join(self.turns, "%d.files" % turn_id)
+
+    def _entries(self, *kinds):
+        """(turn id, path) of the files of those kinds, by turn."""
+        names = filter(None, map(self.NAME.fullmatch, list_folder(self.turns)))
+        return sorted((int(name.group(1)), os.path.join(self.turns, name.group()))
+                      for name in names if name.group(2) in kinds)
+
+    def load_logs(self):
+        """The logs that can be read, oldest first, and the newest turn's id, readable or not."""
+        logs, newest = [], 0
+        for turn_id, path in self._entries("log", "log.broken"):
+            try:
+                if turn_id > newest + MAX_ID_GAP:
+                    raise ValueError("its number is too high")
+                newest = turn_id            # also if it can't be read: no id is given twice
+                if path.endswith(".log"):
+                    logs.append(TurnLog.open(path))
+            except (OSError, ValueError) as error:
+                self.pass_over(path, error)
+        return logs, newest
+
+    def pass_over(self, path, error):
+        """Leave a file alone that can't be read; one that is broken is set aside."""
+        logger.error("%s is passed over: %s", path, getattr(error, "strerror", None) or error)
+        if not isinstance(error, OSError):
+            with contextlib.suppress(OSError):
+                os.replace(path, path + ".broken")
+
+    def load_reset(self, newest):
+        """(turn id, thread id): what the thread is until there is a turn behind that one."""
+        self._take_over_thread(newest)
+        for turn_id, path in reversed(self._entries("reset")):
+            try:
+                with open_regular(path) as file:
+                    thread_id = file.read(1000).decode("ascii", "replace")
+                return turn_id, thread_id_of({"thread_id": thread_id})
+            except (OSError, ValueError) as error:
+                self.pass_over(path, error)
+        return 0, None
+
+    def _take_over_thread(self, newest):
+        path = os.path.join(self.path, "thread.json")
+        try:
+            with open_regular(path) as file:
+                thread_id = thread_id_of(json_value.decode(file.read(READ_SIZE).decode()))
+            self.write_reset(newest, thread_id)
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            self.pass_over(path, error)
+
+    def write_reset(self, turn_id, thread_id=None):
+        """Note what the thread is behind that turn.  Raises OSError."""
+        path = os.path.join(self.turns, "%d.reset" % turn_id)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write((thread_id or "").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(self.turns)
+
+    def delete_old(self, may_delete):
+        """Delete the oldest turns above MAX_KEPT_TURNS and MAX_KEPT_BYTES, but for the newest and
+        those for which `may_delete(turn id)` is false; and resets that are behind us."""
+        count, size = 0, 0
+        for turn_id, path in reversed(self._entries("log", "log.broken")):
+            with contextlib.suppress(FileNotFoundError):    # deleted by another turn's end
+                count, size = count + 1, size + os.path.getsize(path)
+                if (count > 1 and (count > MAX_KEPT_TURNS or size > MAX_KEPT_BYTES)
+                        and may_delete(turn_id)):
+                    os.unlink(path)
+        for _, path in self._entries("reset")[:-1]:
+            os.unlink(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# CodexRunner
+# ---------------------------------------------------------------------------------------------
+
 class CodexRunner:
     """The conversation: the thread, the turn in progress, and the turns that were.
 
-    One runner has one state directory and keeps every other engine out of it.
+    The thread is the newest turn's, unless a reset is behind it.
     """
 
     def __init__(self, settings):
         self.settings = settings
+        self.state = StateDirectory(settings.state)
         self.rollouts = Rollouts(settings.codex_home)
         self.finder = CodexFinder(settings)
         self.started_at = timestamp()
         self.recovered = threading.Event()  # what an earlier engine left is in order
-        self.lock = threading.Lock()        # guards what follows
-        self.thread_id = None
+        self.on_change = lambda: None       # called when a turn has begun or ended
+        # Guards what follows; never held while anything is waited for.
+        self.lock = threading.Lock()
         self.current = None                 # the Turn in progress, its start and its end included
         self.latest = 0                     # the id of the newest turn
-        self.logs = {}                      # id -> TurnLog of the turns whose log isn't closed
+        self.newest_log = None              # the TurnLog of the newest turn that was started
+        self.reset_at = (0, None)           # (turn id, thread id): what the thread is up to a turn
+        self.logs = {}                      # id -> TurnLog of the turns whose log isn't finished
+        self.unfinished = {}                # id -> the ending that such a log could not take
         self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
         self.closing = False
-        self.changed = lambda: None         # called when a turn has begun or ended
-        self._saving = threading.Lock()     # outside the other: one writes to these files at a time
-        self._unsaved = False
 
-    # Starting and ending with the process
+    # Starting with the process
 
     def open(self):
         """Take the state directory and put in order what was left in it.
@@ -2272,95 +2618,53 @@ class CodexRunner:
         Raises OSError and StateInUse.  Processes of a turn that outlived its engine are stopped
         in a thread; no turn starts before that is done.
         """
-        self.turns = os.path.join(self.settings.state, "turns")
-        os.makedirs(self.turns, mode=0o700, exist_ok=True)
-        os.chmod(self.settings.state, 0o700)
-        self._lock_file = open(os.path.join(self.settings.state, "lock"), "a+")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock_file.close()
-            raise StateInUse("another engine is running with the state directory %s"
-                             % self.settings.state) from None
+        self.state.open()
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-        with contextlib.suppress(OSError):
-            os.unlink(temporary_path(self._thread_file()))
-        self.thread_id = self._load_thread()
-        broken = self._load_turns()
-        threading.Thread(target=self._recover, args=(broken,), daemon=True).start()
-
-    def close(self):
-        """Take no more turns and give the one in progress its ending; what it ran is stopped."""
-        with self.lock:
-            self.closing = True
-        self._stop_current("shutdown")
-        with contextlib.suppress(HTTPError):
-            self._close_left_logs()
-        self._lock_file.close()
-
-    def _thread_file(self):
-        return os.path.join(self.settings.state, "thread.json")
-
-    def _load_thread(self):
-        try:
-            with open(self._thread_file(), "rb") as file:
-                return thread_id_of(json_value.decode(file.read().decode()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, AttributeError) as error:
-            logger.error("%s is passed over: %s", self._thread_file(), error)
-            return None
-
-    def _load_turns(self):
-        """Read the headers of the kept turns; returns those that were cut short: the log and the
-        TurnProcesses of each."""
-        broken = []
-        for name in _list(self.turns):
-            if name.endswith(".files"):
-                shutil.rmtree(os.path.join(self.turns, name), ignore_errors=True)
-        for turn_id, path in self._kept():
-            self.latest = turn_id           # also if it can't be read: no id is given twice
-            if path != self.turn_path(turn_id):
-                continue
-            try:
-                turn_log = TurnLog.open(path)
-                codex = turn_log.header["codex"]
-                processes = TurnProcesses(turn_log.header["mark"], codex["pid"],
-                                          codex["started"] or 0)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.error("%s is passed over: %r", path, error)
-                if not isinstance(error, OSError):
-                    os.replace(path, path + ".broken")
-                continue
+        logs, self.latest = self.state.load_logs()
+        self.reset_at = self.state.load_reset(self.latest)
+        for turn_log in logs:
             if turn_log.header.get("key"):
-                self.keys[turn_log.header["key"]] = (turn_id, turn_log.header.get("fingerprint"))
-            if not turn_log.finished:
-                broken.append((turn_log, processes))
-                self.logs[turn_id] = turn_log
-        return broken
+                self.keys[turn_log.header["key"]] = (turn_log.turn_id,
+                                                     turn_log.header.get("fingerprint"))
+        self.newest_log = logs[-1] if logs else None
+        broken = [turn_log for turn_log in logs if not turn_log.finished]
+        self.logs = {turn_log.turn_id: turn_log for turn_log in broken}
+        threading.Thread(target=self._recover, args=(broken,), name="recovery",
+                         daemon=True).start()
 
     def _recover(self, broken):
-        for turn_log, processes in broken:
+        for turn_log in broken:
             logger.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
-            for put_in_order in (processes.stop, functools.partial(self._end_broken, turn_log)):
-                try:
-                    put_in_order()
-                except Exception:           # a bug, but no reason not to serve
-                    logger.exception("turn %d can't be put in order", turn_log.turn_id)
+            try:
+                self._end_broken(turn_log)
+            except Exception:               # a bug, but no reason not to serve
+                logger.exception("turn %d can't be put in order", turn_log.turn_id)
         self.recovered.set()
         self.prune()
 
-    @staticmethod
-    def _end_broken(turn_log):
-        turn_log.reopen()
-        ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1))
-        if not ended:
-            turn_log.append(failure(STOP_MESSAGES["engine_restarted"], "engine_restarted"))
-        turn_log.finish(lambda: None)
+    def _end_broken(self, turn_log):
+        try:
+            codex = turn_log.header["codex"]
+            TurnProcesses(turn_log.header["mark"], codex["pid"], codex["started"] or 0).stop()
+        except (KeyError, TypeError):
+            logger.error("turn %d: its header doesn't tell its processes", turn_log.turn_id)
+        with turn_log.open_file() as file:
+            ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1, file))
+        self.finish_log(turn_log, [] if ended else failure(STOP_MESSAGES["engine_restarted"],
+                                                           "engine_restarted"))
 
-    # Turns
+    # What the API asks for, from any thread
 
-    def send(self, message, options, key=None, fingerprint=None):
+    @property
+    def thread_id(self):
+        with self.lock:
+            return self._thread()
+
+    def is_running(self):
+        with self.lock:
+            return self.current is not None
+
+    def start_turn(self, message, options, key=None, fingerprint=None):
         """Start a turn on the current thread, or find the one that `key` started: its TurnLog.
 
         Raises HTTPError 409 (one is in progress), 422 (the key belongs to another body), 503, and
@@ -2374,7 +2678,7 @@ class CodexRunner:
                 if key in self.keys:        # just now
                     continue
                 self._check_free()
-                turn = self.current = Turn(self, self.latest + 1, self.thread_id, message, options)
+                turn = self.current = Turn(self, self.latest + 1, self._thread(), message, options)
                 self.latest = turn.id
                 if key is not None:
                     self.keys[key] = (turn.id, fingerprint)
@@ -2395,7 +2699,76 @@ class CodexRunner:
             return None
         return turn.log_once_started() if turn else self.turn_log(turn_id)
 
-    # The next two are for whoever has the lock.
+    def turn_log(self, turn_id=None):
+        """The log of a kept turn, by default of the newest.
+
+        Raises HTTPError 404, 503, and what kept Codex from starting if it was just about to.
+        """
+        with self.lock:
+            turn_id = self.latest if turn_id is None else turn_id
+            turn_log = self.logs.get(turn_id)
+            turn = self._in_progress(turn_id)
+        if turn:
+            return turn.log_once_started()
+        if turn_log:
+            return turn_log
+        try:
+            return TurnLog.open(self.state.turn_path(turn_id))
+        except (FileNotFoundError, ValueError):
+            raise NoSuchTurn("there was no turn yet" if not self.latest else "turn %d was never "
+                             "started, or is no longer kept" % turn_id) from None
+        except OSError as error:
+            raise unavailable("The turn's log can't be read", error.strerror) from None
+
+    def interrupt(self):
+        """Stop the turn in progress; its id when nothing of it is left, None if there was none."""
+        turn = self._stop_current("interrupted")
+        return turn.id if turn and not turn.problem and turn.terminal is None else None
+
+    def reset(self):
+        """Stop the turn in progress and forget the thread.  Raises HTTPError 503."""
+        self._stop_current("interrupted", forget=True)
+        try:
+            self.state.write_reset(self.reset_at[0])
+        except OSError as error:
+            raise unavailable("The reset could not be written down",
+                              "%s: the thread is forgotten until the engine restarts: make room "
+                              "in %s and reset again"
+                              % (error.strerror, self.settings.state)) from None
+
+    def close(self):
+        """Take no more turns and give the one in progress its ending; what it ran is stopped."""
+        with self.lock:
+            self.closing = True
+        self._stop_current("shutdown")
+        with contextlib.suppress(HTTPError):
+            self._finish_left()
+        self.state.close()
+
+    def stop(self, turn, code):
+        """Begin to stop a turn; the first reason is the one that counts."""
+        with self.lock:
+            turn.stop_code = turn.stop_code or code
+        turn.alarm.ring()
+
+    def _stop_current(self, code, forget=False):
+        self.recovered.wait()
+        with self.lock:
+            turn = self.current
+            if forget:
+                self.reset_at = (self.latest, None)
+        if turn:
+            self.stop(turn, code)
+            turn.over.wait()
+        return turn
+
+    # For who has the lock
+
+    def _thread(self):
+        turn_id, thread_id = self.reset_at
+        if self.newest_log and self.newest_log.turn_id > turn_id:
+            return self.newest_log.thread_id
+        return thread_id
 
     def _check_free(self):
         if self.closing:
@@ -2409,19 +2782,14 @@ class CodexRunner:
     def _in_progress(self, turn_id):
         return self.current if self.current and self.current.id == turn_id else None
 
-    # These are for anybody.
+    # For a turn's thread, as the turn goes on
 
     def prepare(self, options):
         """The Codex for a turn with the options.  Raises HTTPError 503 and 400."""
         codex = self.finder.find()
-        self._check_possible(codex, options)
-        self._close_left_logs()
-        return codex
-
-    def _check_possible(self, codex, options):
         if not os.path.isdir(self.settings.workspace):
             raise unavailable("The workspace directory is missing",
-                              "%s is no directory: make it, or set WORKSPACE_HOME"
+                              "%s is not a directory: make it, or set WORKSPACE_HOME"
                               % self.settings.workspace)
         for key, since in options.since.items():
             version = self.finder.version(codex) or ""
@@ -2429,164 +2797,84 @@ class CodexRunner:
             if numbers and tuple(map(int, numbers.groups())) < since:
                 raise bad_parameter(key, "is beyond Codex %s: it takes %d.%d or newer"
                                     % (version, *since))
+        self._finish_left()
+        return codex
 
-    def key_of(self, turn_id):
-        """What a turn's header holds of its Idempotency-Key."""
+    def create_log(self, turn):
+        """The turn's TurnLog.  Raises OSError."""
+        header = turn.header()
         with self.lock:
-            for key, (owner, fingerprint) in self.keys.items():
-                if owner == turn_id:
-                    return {"key": key, "fingerprint": fingerprint}
-            return {}
+            for key, (turn_id, fingerprint) in self.keys.items():
+                if turn_id == turn.id:
+                    header.update(key=key, fingerprint=fingerprint)
+        os.makedirs(self.state.turns, mode=0o700, exist_ok=True)
+        return TurnLog.create(self.state.turn_path(turn.id), header)
 
-    def turn_path(self, turn_id):
-        return os.path.join(self.turns, "%d.log" % turn_id)
-
-    def turn_log(self, turn_id=None):
-        """The log of a kept turn, by default of the newest.
-
-        Raises HTTPError 404, and what kept Codex from starting if it was just about to.
-        """
+    def started(self, turn):
+        """Codex has its prompt, and the turn is on the disk."""
         with self.lock:
-            turn_id = self.latest if turn_id is None else turn_id
-            turn_log = self.logs.get(turn_id)
-            turn = self._in_progress(turn_id)
-        if turn:
-            return turn.log_once_started()
-        if turn_log:
-            return turn_log
-        try:
-            return TurnLog.open(self.turn_path(turn_id))
-        except (OSError, ValueError):
-            raise HTTPError(404, "No such turn", "there was no turn yet" if not self.latest else
-                            "turn %d was never started, or is no longer kept" % turn_id) from None
-
-    def is_running(self):
-        with self.lock:
-            return self.current is not None
-
-    def interrupt(self):
-        """Stop the turn in progress; its id when nothing of it is left, None if there was none."""
-        turn = self._stop_current("interrupted")
-        return turn.id if turn and not turn.problem and turn.terminal is None else None
-
-    def reset(self):
-        """Stop the turn in progress and forget the thread.  Raises HTTPError 503."""
-        self._stop_current("interrupted", forget=True)
-        if not self._save():
-            raise unavailable("The reset could not be written down",
-                              "the thread is forgotten until the engine restarts: make room in %s "
-                              "and reset again" % self.settings.state)
-
-    def _stop_current(self, code, forget=False):
-        self.recovered.wait()
-        with self.lock:
-            turn = self.current
-            if forget:
-                self.thread_id = None
-                if turn:
-                    turn.forgotten = True
-        if turn:
-            self.stop(turn, code)
-            turn.over.wait()
-        return turn
-
-    def stop(self, turn, code):
-        """Begin to stop a turn; the first reason is the one that counts."""
-        with self.lock:
-            turn.stop_code = turn.stop_code or code
-        turn.wake()
-
-    # What a turn's thread reports
-
-    def thread_started(self, turn, thread_id):
-        """Codex works on this thread: what the turn asked for, or a new one."""
-        with self.lock:
-            if turn.forgotten or self.thread_id == thread_id:
-                return
-            self.thread_id = thread_id
-        self._save()
+            self.logs[turn.id] = self.newest_log = turn.log
+        self.on_change()
 
     def not_started(self, turn):
         """The turn never was: no log, no id, no key."""
         if turn.log:
-            turn.log.close()
-            with contextlib.suppress(OSError):
-                os.unlink(turn.log.path)
+            turn.log.discard()
         with self.lock:
             self.current = None
             self.latest -= 1
-            self.logs.pop(turn.id, None)
+            self.reset_at = (min(self.reset_at[0], self.latest), self.reset_at[1])
             self.keys = {key: value for key, value in self.keys.items() if value[0] != turn.id}
-        logger.error("turn %d could not be started: %s", turn.id, turn.problem.body)
+        logger.error("turn %d could not be started: %s: %s", turn.id, turn.problem.body["error"],
+                     turn.problem.body.get("details"))
+
+    def finish_log(self, turn_log, ending, before_publishing=lambda: None):
+        """Give a log its ending, now or when the disk takes it."""
+        try:
+            turn_log.finish(ending, before_publishing)
+        except OSError as error:
+            logger.error("turn %d: its ending can't be written: %s: make room in %s; it is tried "
+                         "again before the next turn", turn_log.turn_id, error.strerror,
+                         self.settings.state)
+            with self.lock:
+                self.unfinished[turn_log.turn_id] = ending
+        else:
+            with self.lock:
+                self.logs.pop(turn_log.turn_id, None)
+                self.unfinished.pop(turn_log.turn_id, None)
+
+    def _finish_left(self):
+        """Write the endings that a log could not take.  Raises HTTPError 503."""
+        with self.lock:
+            left = [(self.logs[turn_id], ending) for turn_id, ending in self.unfinished.items()]
+        for turn_log, ending in left:
+            self.finish_log(turn_log, ending)
+        if self.unfinished:
+            raise unavailable("The ending of an earlier turn can't be written",
+                              "make room in %s" % self.settings.state)
 
     def release(self, turn):
         """The turn in progress is as good as over: another may start."""
         with self.lock:
+            if self.current is not turn:
+                return
             self.current = None
-            if turn.log.is_closed():
-                self.logs.pop(turn.id)
-        self.changed()
-
-    # Files
-
-    def create_log(self, turn_id, header):
-        os.makedirs(self.turns, mode=0o700, exist_ok=True)
-        turn_log = TurnLog.create(self.turn_path(turn_id), header)
-        with self.lock:
-            self.logs[turn_id] = turn_log
-        return turn_log
-
-    def _save(self, only_if_due=False):
-        """Write the thread id down; False if that failed, and then it is due."""
-        with self._saving:
-            with self.lock:
-                state = {"thread_id": self.thread_id}
-            if only_if_due and not self._unsaved:
-                return True
-            try:
-                write_file(self._thread_file(), json_bytes(state) + b"\n")
-                self._unsaved = False
-            except OSError as error:
-                logger.error("%s can't be written: %s", self._thread_file(), error)
-                self._unsaved = True
-            return not self._unsaved
-
-    def _close_left_logs(self):
-        """Write what a full disk didn't take, before there is more.  Raises HTTPError 503."""
-        with self.lock:
-            left = [turn_log for turn_log in self.logs.values() if turn_log.finished]
-        with self._saving:
-            closed = all([turn_log.close() for turn_log in left])
-        if not closed or not self._save(only_if_due=True):
-            raise unavailable("The disk is full", "make room in %s" % self.settings.state)
-        with self.lock:
-            for turn_log in left:
-                self.logs.pop(turn_log.turn_id, None)
-
-    def _kept(self):
-        """(id, file) of the kept turns, oldest first; those that can't be read are `.broken`."""
-        names = (re.fullmatch(r"([1-9][0-9]{0,17})\.log(?:\.broken)?", name)
-                 for name in _list(self.turns))
-        return sorted((int(name.group(1)), os.path.join(self.turns, name.group()))
-                      for name in names if name)
+        self.on_change()
 
     def prune(self):
-        """Delete the oldest turns above MAX_KEPT_TURNS and MAX_KEPT_BYTES; the newest stays."""
-        count, size = 0, 0
-        for turn_id, path in reversed(self._kept()):
-            try:
-                count, size = count + 1, size + os.path.getsize(path)
-                if count > 1 and (count > MAX_KEPT_TURNS or size > MAX_KEPT_BYTES):
-                    with self.lock:
-                        if turn_id in self.logs:
-                            continue
-                        self.keys = {key: value for key, value in self.keys.items()
-                                     if value[0] != turn_id}
-                    os.unlink(path)
-            except FileNotFoundError:       # deleted by another turn's end
-                pass
-            except OSError as error:
-                logger.error("an old turn can't be deleted: %s", error)
+        """Delete what is no longer kept."""
+        try:
+            self.state.delete_old(self._forget_turn)
+        except OSError as error:
+            logger.error("old turns can't be deleted: %s", error)
+
+    def _forget_turn(self, turn_id):
+        """Whether the turn may be deleted; its key is then forgotten."""
+        with self.lock:
+            if turn_id in self.logs:
+                return False
+            self.keys = {key: value for key, value in self.keys.items() if value[0] != turn_id}
+            return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2679,7 +2967,7 @@ class Application:
         turn_log = self.runner.replay(key, fingerprint)     # whose image may be gone by now
         if turn_log is None:
             options = TurnOptions(body, self.settings)
-            turn_log = self.runner.send(message, options, key, fingerprint)
+            turn_log = self.runner.start_turn(message, options, key, fingerprint)
         if prefers_async(request):
             summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
                        "status": turn_log.summary()["status"]}
@@ -3877,7 +4165,7 @@ def serve(settings):
         server.close(CLOSE_TIMEOUT, keep_queue=inherited is not None)
         events.put(ProcessEvents.STOPPED)
 
-    app.runner.changed = lambda: events.put(ProcessEvents.TURN)
+    app.runner.on_change = lambda: events.put(ProcessEvents.TURN)
     notify("READY=1\nSTATUS=" + status)
     watch(events, server, app, stop)
     logger.info("stopped")

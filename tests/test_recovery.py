@@ -73,11 +73,11 @@ def code_of(events):
 
 def check_state(engine):
     """The state directory of an engine that runs no turn: whole files and no others."""
-    with contextlib.suppress(FileNotFoundError):
-        with open(os.path.join(engine.state, "thread.json"), encoding="utf-8") as file:
-            assert set(json.load(file)) == {"thread_id"}
-    assert set(os.listdir(engine.state)) <= {"lock", "thread.json", "turns"}
-    for name in os.listdir(os.path.join(engine.state, "turns")):
+    assert set(os.listdir(engine.state)) == {"lock", "turns"}
+    names = os.listdir(os.path.join(engine.state, "turns"))
+    resets = [name for name in names if name.endswith(".reset")]
+    assert len(resets) <= 1
+    for name in set(names) - set(resets):
         assert name.endswith(".log") and name[:-4].isdigit(), name
         with open(os.path.join(engine.state, "turns", name), "rb") as file:
             head, _, body = file.read().partition(b"\n\n")
@@ -299,27 +299,58 @@ def test_a_log_that_breaks_off_in_its_ending(engine):
                 os.unlink(os.path.join(os.path.dirname(path), name))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"thread_id": 7}', b"\xff\xfe", b"null"])
-def test_a_thread_file_that_is_none(engine, content):
-    engine.send("Hello")
-    engine.stop()
+def thread_of_0_2(engine, content):
+    """As replicas-engine 0.2.0 left the thread."""
     with open(os.path.join(engine.state, "thread.json"), "wb") as file:
         file.write(content)
-    engine.start()
-    assert engine.status()["thread_id"] is None
-    assert engine.send("Hello")[-2].type == "turn.completed"
-    engine.stop()
-    check_state(engine)
 
 
-def test_a_thread_file_in_the_middle_of_being_written(engine):
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"thread_id": 7}', b"\xff\xfe", b"null",
+                                     b"[" * 5000])
+def test_a_malformed_thread_file_of_0_2_0(engine, content):
     thread = engine.send("Hello")[0].json()["thread_id"]
-    engine.kill()
-    with open(os.path.join(engine.state, "thread.json.tmp"), "wb") as file:
-        file.write(b'{"thread_')
+    engine.stop()
+    thread_of_0_2(engine, content)
     engine.start()
-    assert engine.status()["thread_id"] == thread
+    assert engine.status()["thread_id"] in (thread, None)
+    assert engine.send("Hello")[-2].type == "turn.completed"
+    assert os.path.basename(engine.state) == "state" and "thread.json" in engine.log() + "".join(
+        os.listdir(engine.state)) or content == b'{"thread_id": 7}'
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+def test_the_thread_of_0_2_0_is_taken_over_once(engine, turns):
+    for _ in range(turns):
+        engine.send("Hello")
+    engine.stop()
+    thread_of_0_2(engine, b'{"thread_id":"0199-of-another-turn"}\n')
+    engine.start()
     check_state(engine)
+    for _ in range(2):
+        assert engine.status()["thread_id"] == "0199-of-another-turn"
+        engine.restart()
+    assert engine.send("Hello")[0].id == "%d.1" % (turns + 1)
+    assert engine.calls()[-1]["argv"][-2:] == ["resume", "0199-of-another-turn"]
+    thread = engine.status()["thread_id"]
+    engine.restart()
+    assert engine.status()["thread_id"] == thread
+    assert engine.post("/codex/reset").status == 200
+    engine.restart()
+    assert engine.status()["thread_id"] is None
+    check_state(engine)
+
+
+def test_a_thread_that_status_has_named_is_kept(engine, tmp_path):
+    """It was shown before it was written, once."""
+    for moment in range(10):
+        engine.post("/codex/reset")
+        go_on = str(tmp_path / ("go-on-%d" % moment))
+        engine.start_turn(script({"wait_for": go_on}, BEGIN, HANG))
+        open(go_on, "w").close()
+        thread = wait_for(lambda: engine.status()["thread_id"])
+        engine.kill()
+        engine.start()
+        assert engine.status()["thread_id"] == thread
 
 
 def test_logs_of_anybody(engine):
@@ -475,30 +506,25 @@ def test_interrupted_while_the_disk_is_full(small_disk, tmp_path, then):
     wait_for(lambda: is_full(engine))
     if then != "shutdown":
         assert engine.post("/codex/interrupt").json()["turn_id"] == turn
-        events = reader.result()
-        assert code_of(events) == "interrupted"
-        assert engine.events(turn) == events
         assert engine.status()["turn"]["status"] == "interrupted"
         answer = engine.post("/codex/send", {"message": "Hello"})
-        assert answer.status == 503 and "make room" in answer.json()["details"]
+        assert answer.status == 503 and "No space left" in answer.json()["details"]
     else:
         assert engine.stop() == 0
-        assert code_of(reader.result()) == "shutdown"
+    events = reader.result()
+    assert code_of(events) == {"shutdown": "shutdown"}.get(then, "interrupted")
     if then == "kill":
         engine.kill()
         engine.start()
-        assert code_of(Reader(engine, turn).result()) == "engine_restarted"
+        assert engine.events(turn) == events        # the disk is still full
     disk.free()
     if then == "restart":
         engine.restart()
-        assert engine.events(turn) == events
     if then == "shutdown":
         engine.start()
-        assert code_of(Reader(engine, turn).result()) == "engine_restarted"
-    if then == "next":
-        assert engine.send("Hello")[-2].type == "turn.completed"
-        assert engine.events(turn) == events
+    assert engine.events(turn) == events
     assert engine.send("Hello")[-2].type == "turn.completed"
+    assert engine.events(turn) == events
     check_state(engine)
 
 
@@ -533,8 +559,8 @@ def test_full_at_a_reset(small_disk):
     engine, disk = small_disk
     thread = engine.send("Hello")[0].json()["thread_id"]
     disk.fill()
-    answer = engine.post("/codex/reset")
-    assert answer.status == 503 and "make room" in answer.json()["details"]
+    answer = engine.post("/codex/reset")        # a name alone takes no room on some file systems
+    assert answer.status == 200 or "make room" in answer.json()["details"]
     assert engine.status()["thread_id"] is None
     assert engine.post("/codex/send", {"message": "Hello"}).status == 503
     disk.free()
@@ -543,22 +569,3 @@ def test_full_at_a_reset(small_disk):
     assert engine.status()["thread_id"] is None
     assert engine.send("Hello")[0].json()["thread_id"] != thread
     check_state(engine)
-
-
-def test_full_when_the_thread_begins(small_disk, tmp_path):
-    """The thread that could not be written down is written when there is room."""
-    engine, disk = small_disk
-    go_on = str(tmp_path / "go-on")
-    turn = engine.start_turn(script({"wait_for": go_on}, BEGIN, {"complete": True}))
-    reader = Reader(engine, turn)
-    disk.fill(but=4096)
-    disk.fill()
-    open(go_on, "w").close()
-    wait_for(lambda: "thread.json can't be written" in engine.log())
-    disk.free()
-    thread = reader.result()[0].json()["thread_id"]
-    assert engine.status()["thread_id"] == thread
-    assert engine.stop() == 0
-    check_state(engine)
-    engine.start()
-    assert engine.status()["thread_id"] == thread

@@ -52,7 +52,7 @@ def turn_files(engine):
     found = []
     for folder, folders, names in os.walk(engine.state):
         found += [os.path.join(folder, name) for name in folders + names]
-    usual = ("/turns", "/lock", "/thread.json", "/thread.json.tmp", ".log")
+    usual = ("/turns", "/lock", ".log", ".reset")
     return [path for path in found if not path.endswith(usual)]
 
 

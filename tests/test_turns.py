@@ -185,8 +185,8 @@ def test_a_reset_racing_with_the_thread(engine, tmp_path):
         events = check_stream(engine.events(turn))
         assert events[-2].json()["error"]["code"] == "interrupted"
         threads |= {event.json()["thread_id"] for event in events if event.type == "thread.started"}
-    with open(os.path.join(engine.state, "thread.json"), encoding="utf-8") as file:
-        assert json.load(file) == {"thread_id": None}
+    engine.restart()
+    assert engine.status()["thread_id"] is None
     assert engine.send("Hello")[0].json()["thread_id"] not in threads
     assert all("resume" not in call["argv"] for call in engine.calls())
 
