@@ -2895,15 +2895,19 @@ class Application:
         self.runner = None
         self._opening = threading.Lock()
         self.router = Router(
-            ("GET", "/health", self.health),
-            ("GET", "/ping", self.ping),
+            ("GET", "/health", lambda request: json_response({"status": "ok",
+                                                              "timestamp": timestamp()})),
+            ("GET", "/ping", lambda request: json_response({"message": "pong",
+                                                            "timestamp": timestamp()})),
             ("POST", "/codex/send", self.send),
             ("GET", "/codex/events", self.events),
             ("POST", "/codex/interrupt", self.interrupt),
             ("GET", "/codex/history", self.history),
             ("GET", "/codex/status", self.status),
             ("POST", "/codex/reset", self.reset),
-            ("OPTIONS", "", self.options),
+            # OPTIONS * (RFC 9110, 9.3.7), which has no path
+            ("OPTIONS", "", lambda request: Response([], 204, [
+                ("Allow", "GET, HEAD, OPTIONS, POST")])),
         )
 
     def open(self):
@@ -2940,19 +2944,13 @@ class Application:
     def _respond(self, request):
         if request.path == "/health" and request.method in ("GET", "HEAD"):
             request.read_body(MAX_HEALTH_BODY)
-            return self.health(request)
+            return self.router.handler(request.method, request.path)(request)
         if self.runner is None:
             self.open()
         check_secret(request, self.settings.secret)
         handler = self.router.handler(request.method, request.path)
         request.body = request.read_body(self.settings.max_body)    # whole, or nothing is done
         return handler(request)
-
-    def health(self, request):
-        return json_response({"status": "ok", "timestamp": timestamp()})
-
-    def ping(self, request):
-        return json_response({"message": "pong", "timestamp": timestamp()})
 
     # POST /codex/send
 
@@ -3099,10 +3097,6 @@ class Application:
     def reset(self, request):
         self.runner.reset()
         return json_response({"message": "Thread reset successfully", "success": True})
-
-    def options(self, request):
-        """OPTIONS * (RFC 9110, 9.3.7), which has no path."""
-        return Response([], 204, [("Allow", "GET, HEAD, OPTIONS, POST")])
 
 
 application = Application()

@@ -314,8 +314,7 @@ def test_a_malformed_thread_file_of_0_2_0(engine, content):
     engine.start()
     assert engine.status()["thread_id"] in (thread, None)
     assert engine.send("Hello")[-2].type == "turn.completed"
-    assert os.path.basename(engine.state) == "state" and "thread.json" in engine.log() + "".join(
-        os.listdir(engine.state)) or content == b'{"thread_id": 7}'
+    assert set(os.listdir(engine.state)) <= {"lock", "turns", "thread.json.broken"}
 
 
 @pytest.mark.parametrize("turns", [0, 2])
@@ -330,7 +329,8 @@ def test_the_thread_of_0_2_0_is_taken_over_once(engine, turns):
         assert engine.status()["thread_id"] == "0199-of-another-turn"
         engine.restart()
     assert engine.send("Hello")[0].id == "%d.1" % (turns + 1)
-    assert engine.calls()[-1]["argv"][-2:] == ["resume", "0199-of-another-turn"]
+    # which is unknown here, so it goes to another one in the end
+    assert engine.calls()[-2]["argv"][-2:] == ["resume", "0199-of-another-turn"]
     thread = engine.status()["thread_id"]
     engine.restart()
     assert engine.status()["thread_id"] == thread
@@ -507,6 +507,7 @@ def test_interrupted_while_the_disk_is_full(small_disk, tmp_path, then):
     if then != "shutdown":
         assert engine.post("/codex/interrupt").json()["turn_id"] == turn
         assert engine.status()["turn"]["status"] == "interrupted"
+        disk.fill()                         # the turn has left some room
         answer = engine.post("/codex/send", {"message": "Hello"})
         assert answer.status == 503 and "No space left" in answer.json()["details"]
     else:

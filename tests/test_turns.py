@@ -497,7 +497,7 @@ def test_a_thousand_clients_come_and_go(engine, tmp_path):
                 assert sock.recv(65536)
 
     cycles(500)                     # until the memory for as many threads at once is there
-    wait_for(lambda: resources(engine)[0] <= 5)
+    wait_for(lambda: resources(engine)[0] <= 6)
     threads, descriptors, _, memory = resources(engine)
     cycles(1000)
     assert settled(engine, threads, descriptors) < memory + 3000
