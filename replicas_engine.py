@@ -44,6 +44,7 @@ import functools
 import hashlib
 import hmac
 import io
+import itertools
 import json
 import logging
 import os
@@ -101,6 +102,15 @@ def writable(fd):
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     return bool(poll.poll(0))
+
+
+def boot_id():
+    """The id of the machine's boot, which changes with each (random(4)), or None."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return None
 
 
 def prctl(option, value):
@@ -715,6 +725,7 @@ MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's messa
 ENDING_ROOM = 32 * 1024                    # bytes: two events with such a message, and `done`
 ROOM_STEP = 64 * 1024                      # bytes that the disk is asked for at once
 MAX_UNFINISHED = 2 * MAX_EVENT             # bytes behind the last event that a crash may leave
+POWER_CUT_GAP = 1000000                    # numbers that are left out: see finish
 
 
 class NoSuchTurn(HTTPError):
@@ -806,6 +817,7 @@ class TurnLog:
         self.error = None           # why the disk takes no more, an OSError, or None
         self._fd = None
         self._room = 0              # bytes of the file that the disk has set aside
+        self._synced = 0            # bytes that the disk holds for sure
         self._pending = []          # events that it could not take yet: pairs of type and data
 
     @classmethod
@@ -839,7 +851,7 @@ class TurnLog:
                 raise ValueError("it has no end")
             turn_log.size = begin + found + 2
             if turn_log.size > turn_log.start:
-                turn_log.last, kind, _ = turn_log.events_at_end(1, file)[-1]
+                turn_log.last, kind, _ = turn_log.events_at_end(1, file)[0]
                 turn_log.finished = kind == "done"
                 file.seek(turn_log.start)
                 turn_log._find_thread(file.read(READ_SIZE))
@@ -882,9 +894,15 @@ class TurnLog:
 
     def finish(self, ending, before_publishing):
         """Write the events `ending` and `done`, all or nothing; publish them when they are on the
-        disk and the callable was called.  Raises OSError; then it may be tried again."""
+        disk and the callable was called.  Raises OSError; then it may be tried again.
+
+        Where the machine went down in the turn, clients may have seen events that were not on the
+        disk yet.  Their numbers are never given again: POWER_CUT_GAP of them are left out.
+        """
         if self._fd is None:
             self._reopen()
+            if self.header.get("boot") not in (None, boot_id()):
+                self.last += POWER_CUT_GAP
         data = self._encode(ending + [DONE])
         self._write(data, self.size)
         os.ftruncate(self._fd, self.size + len(data))       # the room that wasn't needed
@@ -913,6 +931,14 @@ class TurnLog:
         except OSError as error:
             logger.error("turn %d: its log may not outlive a power cut: %s", self.turn_id,
                          error.strerror)
+
+    def sync_new(self):
+        """From the runner's thread for it: `sync` if there is something new."""
+        fd, size = self._fd, self.size
+        if fd is not None and size > self._synced:
+            self._synced = size
+            with contextlib.suppress(OSError):  # the log may just be finished; the disk may be bad:
+                os.fdatasync(fd)                # `sync` will say so
 
     def discard(self):
         """Delete it: its turn never was."""
@@ -992,22 +1018,27 @@ class TurnLog:
         if number >= last:
             return size if number == last else None
         with self.open_file() as file:
-            found = find_first(_reader(file), b"\n\nid: %d.%d\n" % (self.turn_id, number + 1),
-                               self.start - 2)
-        if found < 0:
-            raise ValueError("%s has no event %d" % (self.path, number + 1))
+            needle = b"\n\nid: %d.%d\n" % (self.turn_id, number + 1)
+            found = find_first(_reader(file), needle, self.start - 2)
+            if found < 0:                   # in the gap that a power cut left: the ending is next
+                for begin, event in self._backwards(file):
+                    if event[0] <= number:
+                        break
+                    found = begin - 2
         return found + 2
 
-    def events_at_end(self, count, file):
-        """The last `count` events in the open `file`: (number, type, data) each."""
+    def _backwards(self, file):
+        """(offset, (number, type, data)) of the events in the open `file`, the last one first."""
         with self.changed:
             end = self.size
-        events = []
-        while len(events) < count and end > self.start:
+        while end > self.start:
             begin = max(find_last(_reader(file), b"\n\nid: ", end), self.start - 2) + 2
-            events.insert(0, _parse_event(os.pread(file.fileno(), end - begin, begin)))
+            yield begin, _parse_event(os.pread(file.fileno(), end - begin, begin))
             end = begin
-        return events
+
+    def events_at_end(self, count, file):
+        """The last `count` events in the open `file`, the last one first: (number, type, data)."""
+        return [event for _, event in itertools.islice(self._backwards(file), count)]
 
     def summary(self):
         """What `GET /codex/status` says of the turn.  Raises HTTPError."""
@@ -1022,7 +1053,7 @@ class TurnLog:
                    "last_event_at": modified if last else None,
                    "last_event_id": "%d.%d" % (self.turn_id, last) if last else None,
                    "usage": None, "error": None}
-        ending = next((event for event in reversed(events) if event[1] in TERMINAL), None)
+        ending = next((event for event in events if event[1] in TERMINAL), None)
         if ending:
             event = json_value.decode(ending[2])
             summary["usage"] = event.get("usage")
@@ -1957,7 +1988,7 @@ class Exec:
 
 
 class Alarm:
-    """Wakes a thread that waits in a selector, from any other: a pipe, of which it waits at `fd`."""
+    """Wakes a thread that waits in a selector for `fd`, the end of a pipe, from any other."""
 
     def __init__(self):
         self.fd, self._into = os.pipe()
@@ -2146,6 +2177,8 @@ class CodexRun:
 
 EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
 DISK_PATIENCE = 1.0                        # seconds between two tries to write to a full disk
+LOOK_INTERVAL = 5.0                        # seconds between two looks at the deadlines, at most
+PAUSE = 5.0                                # seconds that a look is late when the machine was paused
 
 STOP_MESSAGES = {
     "interrupted": "The turn was interrupted",
@@ -2200,6 +2233,7 @@ class Turn:
         self.terminal = None                # the type of the event with which Codex ended it
         # Moments of time.monotonic
         self.started_at = self.last_event_at = self.ended_at = time.monotonic()
+        self.timed_from = self.started_at   # for REPLICAS_ENGINE_TURN_TIMEOUT
         # The stopper's
         self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None when there are none
         self._is_stopping = False
@@ -2270,9 +2304,9 @@ class Turn:
 
     def header(self):
         """The log's header: what is known of the turn before its first event."""
+        codex = {"pid": self.run.child.pid, "started": self.run.processes.started}
         return {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
-                "mark": self.mark, "codex": {"pid": self.run.child.pid,
-                                             "started": self.run.processes.started}}
+                "boot": boot_id(), "mark": self.mark, "codex": codex}
 
     def _launch(self, thread_id):
         """Start Codex on the thread, or on a new one."""
@@ -2296,14 +2330,23 @@ class Turn:
         run = self.run
         while not self._stopped.is_set() and not (run.has_exited() and self.log.flush()):
             self._hold_back(not self.log.flush())
-            run.exchange(self._next_look())
-            self._publish(run.take_events())
+            self._exchange()
             if self.stop_code:
                 self._stop()
         run.drain()
         self._publish(run.take_events())
         if self._is_stopping:
             self._stopped.wait()
+
+    def _exchange(self):
+        """Read, write and wait until the next look.  A pause of the machine counts for nothing."""
+        seconds, begin = self._next_look(), time.monotonic()
+        self.run.exchange(seconds)
+        if time.monotonic() > begin + seconds + PAUSE:
+            logger.warning("turn %d: the machine stood still for %d s: its time-outs begin anew",
+                           self.id, time.monotonic() - begin - seconds)
+            self.timed_from = self.last_event_at = self.ended_at = time.monotonic()
+        self._publish(self.run.take_events())
 
     def _hold_back(self, holding):
         if self.run.hold_back(holding) and not holding:
@@ -2328,24 +2371,24 @@ class Turn:
             self.alarm.ring()
 
     def _next_look(self):
-        """Seconds until the next deadline, or None; what is past its deadline is stopped."""
+        """Seconds until the next deadline; what is past its deadline is stopped."""
         holding = self.log.error is not None
-        waits = [DISK_PATIENCE] if holding else []
+        waits = [DISK_PATIENCE if holding else LOOK_INTERVAL]
         if self._is_stopping:
-            return min(waits, default=None)
+            return waits[0]
         now, deadlines = time.monotonic(), []
         if self.terminal:
             patience = INTERRUPT_PATIENCE if self.stop_code else EXIT_PATIENCE
             deadlines.append((self.ended_at + patience, None))
         elif self.settings.turn_timeout:
-            deadlines.append((self.started_at + self.settings.turn_timeout, "timeout"))
+            deadlines.append((self.timed_from + self.settings.turn_timeout, "timeout"))
         if self.settings.idle_timeout and not (self.items or self.terminal or holding):
             deadlines.append((self.last_event_at + self.settings.idle_timeout, "stalled"))
         for deadline, code in deadlines:
             if now >= deadline:
                 self._too_late(code)
                 return 0 if code else DISK_PATIENCE
-        return min(waits + [deadline - now for deadline, _ in deadlines], default=None)
+        return min(waits + [deadline - now for deadline, _ in deadlines])
 
     def _too_late(self, code):
         if code is None:                    # the turn has ended by itself: what it left may stay
@@ -2457,6 +2500,7 @@ class Turn:
 
 MAX_KEPT_TURNS = 100
 MAX_KEPT_BYTES = 256 * 1024 * 1024
+SYNC_INTERVAL = 1.0                        # seconds that a power cut may take of a turn's events
 MAX_ID_GAP = 10 ** 9                       # no engine leaves more turns out; a forged log may
 
 
@@ -2609,6 +2653,7 @@ class CodexRunner:
         self.unfinished = {}                # id -> the ending that such a log could not take
         self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
         self.closing = False
+        self._closed = threading.Event()
 
     # Starting with the process
 
@@ -2631,6 +2676,7 @@ class CodexRunner:
         self.logs = {turn_log.turn_id: turn_log for turn_log in broken}
         threading.Thread(target=self._recover, args=(broken,), name="recovery",
                          daemon=True).start()
+        threading.Thread(target=self._sync_logs, name="sync", daemon=True).start()
 
     def _recover(self, broken):
         for turn_log in broken:
@@ -2652,6 +2698,12 @@ class CodexRunner:
             ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1, file))
         self.finish_log(turn_log, [] if ended else failure(STOP_MESSAGES["engine_restarted"],
                                                            "engine_restarted"))
+
+    def _sync_logs(self):
+        while not self._closed.wait(SYNC_INTERVAL):
+            turn = self.current
+            if turn and turn.log:
+                turn.log.sync_new()
 
     # What the API asks for, from any thread
 
@@ -2711,6 +2763,7 @@ class CodexRunner:
         if turn:
             return turn.log_once_started()
         if turn_log:
+            self.recovered.wait()           # with its ending, or as far as there is one
             return turn_log
         try:
             return TurnLog.open(self.state.turn_path(turn_id))
@@ -2743,6 +2796,7 @@ class CodexRunner:
         self._stop_current("shutdown")
         with contextlib.suppress(HTTPError):
             self._finish_left()
+        self._closed.set()
         self.state.close()
 
     def stop(self, turn, code):

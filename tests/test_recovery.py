@@ -299,6 +299,48 @@ def test_a_log_that_breaks_off_in_its_ending(engine):
                 os.unlink(os.path.join(os.path.dirname(path), name))
 
 
+def cut_power(engine, turn, keep):
+    """As a power cut in the turn leaves its log: of another boot, and with `keep` events."""
+    engine.kill()
+    path = os.path.join(engine.state, "turns", "%d.log" % turn)
+    with open(path, "rb") as file:
+        content = file.read()
+    boot = json.loads(content.partition(b"\n")[0][2:].decode())["boot"]
+    end = content.index(b"id: %d.%d\n" % (turn, keep + 1))
+    with open(path, "wb") as file:
+        file.write(content[:end].replace(boot.encode(), b"00000000-0000-4000-8000-000000000000", 1)
+                   + b"\0" * 5000)
+    engine.start()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7])
+def test_a_power_cut_in_a_turn(engine, keep):
+    """No id that a client may have seen is given to another event."""
+    turn = engine.start_turn(script(BEGIN, {"count": {"n": 20}}, HANG))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"] == "%d.21" % turn)
+    seen = []
+    with contextlib.closing(engine.open("GET", "/codex/events")[1]) as response:
+        for event in read_events(response):
+            seen.append(event)
+            if len(seen) == 21:
+                break
+    cut_power(engine, turn, keep)
+    events = engine.events(turn)
+    assert events[:keep] == seen[:keep]
+    ids = ["%d.%d" % (turn, keep + 1000000 + n) for n in (1, 2, 3)]
+    assert [event.id for event in events[keep:]] == ids
+    assert code_of(events) == "engine_restarted"
+    for number in range(keep, 22):              # wherever a client was, it gets what comes next
+        assert engine.events(turn, after="%d.%d" % (turn, number)) == events[keep:]
+    assert engine.events(turn, after="%d.2" % turn)[-1].type == "done"
+    assert engine.get("/codex/events?after=" + ids[2]).status == 204
+    assert engine.get("/codex/events?after=%d.2000000" % turn).status == 400
+    assert engine.events(turn, after=ids[0]) == events[keep + 1:]
+    status = engine.status()["turn"]
+    assert status["last_event_id"] == ids[2] and status["status"] == "failed"
+    assert engine.send("Hello")[0].id == "%d.1" % (turn + 1)
+
+
 def thread_of_0_2(engine, content):
     """As replicas-engine 0.2.0 left the thread."""
     with open(os.path.join(engine.state, "thread.json"), "wb") as file:

@@ -299,6 +299,23 @@ def test_an_item_in_progress_holds_off_the_stall(make_engine):
     assert events[-2].json()["error"]["code"] == "stalled"
 
 
+def test_a_pause_of_the_machine_is_no_stall(constants, tmp_path):
+    """As when a VM is frozen: the engine and Codex stand still, and the clock goes on."""
+    engine = constants(env={"REPLICAS_ENGINE_IDLE_TIMEOUT": "3",
+                            "REPLICAS_ENGINE_TURN_TIMEOUT": "30"}, LOOK_INTERVAL=0.2, PAUSE=1.0)
+    go_on = str(tmp_path / "go-on")
+    turn = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"complete": True}))
+    wait_for(lambda: engine.status()["thread_id"])
+    for _ in range(2):                      # and twice, since one pause may follow another
+        engine.process.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        engine.process.send_signal(signal.SIGCONT)
+        assert engine.status()["turn"]["status"] == "running"
+    open(go_on, "w").close()
+    assert engine.events(turn)[-2].type == "turn.completed"
+    assert "stood still" in engine.log()
+
+
 def test_no_stall_where_none_is_wanted(make_engine):
     engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="0")
     assert engine.send(script({"sleep": 1.5}, BEGIN, {"complete": True}))[-2].type == (
