@@ -201,47 +201,85 @@ def test_development_logs_more(make_engine):
     wait_for(lambda: "GET /health 200" in engine.log())
 
 
-def start_with_pipe(make_engine):
-    """An engine whose log goes into a pipe, and the pipe's other end."""
+def start_with_log(make_engine, log_fd):
+    """An engine whose log goes to the descriptor, once it answers."""
     engine = make_engine(start=False)
     with socket.create_server(("127.0.0.1", 0)) as free:
         engine.port = free.getsockname()[1]
     engine.env["PORT"] = str(engine.port)
-    out, into = os.pipe()
     engine.process = subprocess.Popen([sys.executable, harness.MODULE], env=engine.env,
-                                      cwd=engine.folder, stderr=into)
-    os.close(into)
-    return engine, out
-
-
-def test_a_pipe_that_nobody_reads_stops_nothing(make_engine):
-    """0.1.0 crashed on one."""
-    engine, out = start_with_pipe(make_engine)
+                                      cwd=engine.folder, stderr=log_fd)
 
     def answers():
-        try:
+        with contextlib.suppress(OSError):
             return engine.get("/ping").status == 200
-        except OSError:
-            return False
 
     wait_for(answers)
-    connection = engine.connect()
-    for _ in range(3000):                       # some 50 bytes each: more than a pipe holds
-        connection.request("GET", "/ping", headers={"X-Replicas-Engine-Secret": harness.SECRET})
-        connection.getresponse().read()
-    connection.close()
-    assert engine.send("hi")[-2].type == "turn.completed"
-    assert b"listening" in os.read(out, 1 << 20)
-    engine.get("/ping")
-    assert b"lines were dropped" in os.read(out, 1 << 20)
-    os.close(out)
+    return engine
+
+
+def fill_log(engine):
+    """Have it log more lines, of 2 KB, than a pipe, a socket and the engine itself hold."""
+    with contextlib.closing(engine.connect()) as connection:
+        for _ in range(2500):
+            connection.request("GET", "/" + 2000 * "x",
+                               headers={"X-Replicas-Engine-Secret": harness.SECRET})
+            connection.getresponse().read()
+
+
+LOGS = {"pipe": os.pipe, "terminal": os.openpty,
+        "socket": lambda: [sock.detach() for sock in socket.socketpair()]}
+
+
+@pytest.mark.parametrize("kind", LOGS)
+def test_a_log_that_nobody_reads_stops_nothing(make_engine, kind):
+    """0.1.0 crashed on a pipe; a terminal is stopped by Ctrl-S, or belongs to a frozen tmux."""
+    ends = LOGS[kind]()
+    try:
+        engine = start_with_log(make_engine, ends[1])
+        fill_log(engine)
+        assert engine.send("hi")[-2].type == "turn.completed"
+        assert engine.stop() == 0
+    finally:
+        for fd in ends:
+            os.close(fd)
+
+
+def test_what_a_log_did_not_take_is_counted(make_engine):
+    out, into = os.pipe()
+    engine = start_with_log(make_engine, into)
+    os.close(into)
+    with open(out, "rb") as pipe:
+        fill_log(engine)
+        lines = iter(pipe.readline, b"")
+        assert any(b"listening" in line for line in lines)
+
+        def notice():
+            engine.get("/ping")
+            return re.search(rb"\((\d+) lines were dropped", pipe.readline())
+        dropped = int(wait_for(notice).group(1))
+        assert 1 <= dropped < 2500
+        engine.process.terminate()
+        assert b" stopped" in list(lines)[-1]
+    assert engine.stop() == 0
+
+
+def test_a_log_on_a_full_disk(make_engine):
+    """RLIMIT_FSIZE stands in for the disk: EFBIG instead of ENOSPC."""
+    engine = make_engine(start=False)
+    engine.program = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh"] + engine.program
+    engine.start()
+    fill_log(engine)
+    assert os.path.getsize(engine.log_path) <= 1024
+    assert engine.get("/ping").status == 200
     assert engine.stop() == 0
 
 
 def test_a_log_that_is_closed_stops_nothing(make_engine):
-    engine, out = start_with_pipe(make_engine)
-    with open(out, "rb") as pipe:
-        assert b"listening" in pipe.readline()
+    out, into = os.pipe()
+    engine = start_with_log(make_engine, into)
+    os.close(into)
+    os.close(out)
     assert engine.send("hi")[-2].type == "turn.completed"
     assert engine.stop() == 0
 
