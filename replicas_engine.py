@@ -2,35 +2,52 @@
 """The Replicas Engine: drive the Codex CLI on a workspace over HTTP.
 
 The way through
-    socket -> WSGIServer (a thread a connection) -> WSGIRequestHandler: bytes in, environ out
-           -> Application: secret, Router, handler -> Response -> WSGIRequestHandler: bytes out
-    POST /codex/send -> CodexRunner.send -> Turn: one `codex exec`, read by one thread -> TurnLog
+    socket -> WSGIServer (a thread a connection) -> WSGIRequestHandler (the connection) -> Answer
+           -> Application: secret, Router, handler -> Response -> Answer: bytes out
+    POST /codex/send -> CodexRunner.start_turn -> Turn -> CodexRun (a process) -> TurnLog (a file)
     GET /codex/events: any number of EventStreams, each at its own place in that file
 
 A turn is a log: a file that holds the turn's server-sent events just as they go out.  One thread
-appends to it; every reader copies it from wherever it stands and waits for more.  Taking up a
-stream again, replaying one after a crash, a slow client and ten clients are all that one case.
-A turn belongs to the engine and not to the request that started it.
+appends to it; every reader, the POST that started the turn included, copies it from wherever it
+stands and waits for more.  Taking up a stream again, replaying one after a crash, a slow client and
+ten clients are all that one case.  What else is known of a turn, and which thread is the current
+one, is read from the logs.
 
 Who owns which state
-    CodexRunner  the thread id, the turn in progress, the idempotency keys; all under its lock.
-    Turn         its Codex process, its prompt and its deadlines; its own thread's, but for what
-                 is said to be the runner's lock's.
+    CodexRunner  the turn in progress, the logs and idempotency keys of those that were.
+    Turn         one message: its log, its deadlines, its ending.  It belongs to the runner and not
+                 to the request that started it.
+    CodexRun     one Codex process and its pipes; a Driver tells what its lines mean.  A turn has
+                 one, or two where Codex has lost the thread.
     TurnLog      one turn's file; appended to by the turn's thread, read by everybody.
     WSGIServer   its connections.  It knows nothing of Codex, nor the Application of sockets.
-On disk (REPLICAS_ENGINE_STATE): `lock`, held while an engine runs; `thread.json`, the thread id;
-`turns/<id>.log`, the kept turns.  What else is known of a turn is read from its log.
+On disk, see StateDirectory.  `kill -9` and a power cut lose nothing that a client has seen.
 
-The locks: the runner's, a log's Condition and the server's for its connections guard state; none
-of them is taken while another of them is held, nor held across a yield, a read, a write or a file.
-More of them let one thread at a time do something: open the state directory, start a process or
-look who is an orphan, wake a turn, write what the runner keeps on disk (which takes the runner's
-lock inside), write log lines.
+The threads, and what each may touch
+    main            signals, systemd and orphans; starts the others and waits for news
+    log             standard error, which may block
+    accept          new connections; starts one of the next for each
+    connection      a client's socket; calls the Application, and so everything that has a lock
+    recovery        at the start: the turns that an earlier engine did not end
+    sync            has the disk hold the running turn's log, every second
+    turn N          turn N, its CodexRun and the end of its log
+    stop turn N     waits until turn N is to be stopped, then its processes
+    codex PID       waits for the exit of that process
+    shutdown        the end of it all, when a signal asks for it
+
+The locks: the runner's, a log's Condition and the server's guard state, each said where it is made;
+none is taken while another one is held, nor held across a yield, a socket, a file or a process.
+Others let one thread at a time do something: open the state directory, start a process or look who
+is an orphan, ring an alarm.
 
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Turn log, Event stream, Processes,
-Rollouts and history, Codex, Turn options, Turn, CodexRunner, Application, HTTP grammar, Connection
-and bodies, WSGI server, systemd, Check, Command line.
+Rollouts and history, Codex, Turn options, Driving Codex: exec, Turn, State directory, CodexRunner,
+Application, HTTP grammar, Connection and bodies, Answer, WSGI server, systemd, Check, Command line.
+
+Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
+setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
+of the HTTP server, the constants of HTTP grammar.
 """
 
 import codecs
@@ -2476,7 +2493,7 @@ class Turn:
                 os.rmdir(path)
 
     def _be_over(self):
-        self._orders.put(None)              # the stopper may go
+        self._orders.put(None)              # its stopper may go
         self.alarm.close()
         self.over.set()
 
