@@ -754,6 +754,14 @@ def failure(message, code):
                                          "error": {"message": message, "code": code}}))]
 
 
+def message_of(event):
+    """The `message` of an event or an error, which was read from bytes as Latin-1, on one line."""
+    message = event.get("message") if isinstance(event, dict) else None
+    text = message.encode("latin-1", "replace").decode("utf-8", "replace") if isinstance(
+        message, str) else ""
+    return " ".join(text.split())[:MAX_FAILURE_MESSAGE]
+
+
 def _outcome(event):
     """The `status` of a turn that ended with `event`, turn.completed or turn.failed."""
     if event["type"] == "turn.completed":
@@ -2186,7 +2194,7 @@ PAUSE = 5.0                                # seconds that a look is late when th
 
 STOP_MESSAGES = {
     "interrupted": "The turn was interrupted",
-    "stalled": "The turn stalled: Codex printed nothing for %g seconds and had no item in progress",
+    "stalled": "The turn stalled: Codex made no progress for %g seconds, with no item in progress",
     "timeout": "The turn took longer than %g seconds",
     "shutdown": "The engine was shut down during the turn",
     "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
@@ -2235,8 +2243,9 @@ class Turn:
         self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
         self.items = set()                  # ids of the items in progress
         self.terminal = None                # the type of the event with which Codex ended it
+        self.complaint = None               # what Codex's last `error` said, if nothing came after
         # Moments of time.monotonic
-        self.started_at = self.last_event_at = self.ended_at = time.monotonic()
+        self.started_at = self.progress_at = self.ended_at = time.monotonic()
         self.timed_from = self.started_at   # for REPLICAS_ENGINE_TURN_TIMEOUT
         # The stopper's
         self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None when there are none
@@ -2316,7 +2325,7 @@ class Turn:
         """Start Codex on the thread, or on a new one."""
         driver = Exec(self.settings, self.codex, self.options, thread_id, self.message)
         self.run = CodexRun(driver, self.settings, self.codex, self.mark, self.alarm)
-        self.last_event_at = time.monotonic()
+        self.progress_at = time.monotonic()
 
     def _not_started(self, error):
         self.problem = HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
@@ -2349,12 +2358,12 @@ class Turn:
         if time.monotonic() > begin + seconds + PAUSE:
             logger.warning("turn %d: the machine stood still for %d s: its time-outs begin anew",
                            self.id, time.monotonic() - begin - seconds)
-            self.timed_from = self.last_event_at = self.ended_at = time.monotonic()
+            self.timed_from = self.progress_at = self.ended_at = time.monotonic()
         self._publish(self.run.take_events())
 
     def _hold_back(self, holding):
         if self.run.hold_back(holding) and not holding:
-            self.last_event_at = time.monotonic()       # we kept it waiting, and not it us
+            self.progress_at = time.monotonic()       # we kept it waiting, and not it us
         if holding and self.log.error.errno not in (errno.ENOSPC, errno.EDQUOT):
             self.runner.stop(self, "stalled")
 
@@ -2387,7 +2396,7 @@ class Turn:
         elif self.settings.turn_timeout:
             deadlines.append((self.timed_from + self.settings.turn_timeout, "timeout"))
         if self.settings.idle_timeout and not (self.items or self.terminal or holding):
-            deadlines.append((self.last_event_at + self.settings.idle_timeout, "stalled"))
+            deadlines.append((self.progress_at + self.settings.idle_timeout, "stalled"))
         for deadline, code in deadlines:
             if now >= deadline:
                 self._too_late(code)
@@ -2407,15 +2416,20 @@ class Turn:
         """Append the events to the log but for those that aren't for the clients."""
         wanted = [(kind, data) for kind, data, value in events if self._learn(kind.decode(), value)]
         if wanted:
-            self.last_event_at = time.monotonic()
             self.log.append(wanted)
 
     def _learn(self, kind, event):
         if self.terminal:
             self.run.skip("it came after the turn's end")
             return False
+        if kind != "error":                 # which is Codex's trying again, perhaps for ever
+            self.progress_at, self.complaint = time.monotonic(), None
         learn = self.LESSONS.get(kind)
         return learn is None or learn(self, event)
+
+    def _complained(self, event):
+        self.complaint = message_of(event)
+        return True
 
     def _thread_started(self, event):
         if thread_id_of(event) is None:
@@ -2438,12 +2452,14 @@ class Turn:
         if event["type"] == "turn.failed" and self.stop_code:
             return False                    # we stop it and say why ourselves
         self.terminal = event["type"]
+        if self.terminal == "turn.failed":
+            self.complaint = message_of(event.get("error"))
         self.ended_at = time.monotonic()
         return True
 
-    LESSONS = {"thread.started": _thread_started, "item.started": _item_started,
-               "item.completed": _item_completed, "turn.completed": _turn_ended,
-               "turn.failed": _turn_ended}
+    LESSONS = {"error": _complained, "thread.started": _thread_started,
+               "item.started": _item_started, "item.completed": _item_completed,
+               "turn.completed": _turn_ended, "turn.failed": _turn_ended}
 
     # Its end
 
@@ -2463,25 +2479,33 @@ class Turn:
                 logger.error("turn %d: %d events are lost: its log can't be written: %s", self.id,
                              len(dropped), self.log.error.strerror)
                 self.terminal = None
-            code = self.stop_code or "exited"
-            ending = [] if self.terminal else failure(self._failure_message(code), code)
+            code, ending = self.stop_code or "exited", []
+            if not self.terminal:
+                self.complaint = self._failure_message(code)
+                ending = failure(self.complaint, code)
+            failed = self.terminal == "turn.failed" or ending and code != "interrupted"
+            self.runner.last_failure = "turn %d failed: %s" % (
+                self.id, self.complaint) if failed else None
             self._leave()
             self.runner.finish_log(self.log, ending, lambda: self.runner.release(self))
-            logger.info("turn %d ended: %s, %d events, %.1f s", self.id, self.terminal or code,
-                        self.log.last, time.monotonic() - self.started_at)
+            logger.log(logging.WARNING if failed else logging.INFO,
+                       "turn %d ended: %s, %d events, %.1f s%s", self.id, self.terminal or code,
+                       self.log.last, time.monotonic() - self.started_at,
+                       ": %s" % self.complaint if failed else "")
 
     def _failure_message(self, code):
-        if code != "exited":
+        """What happened, and the last words of who can say why."""
+        if code == "exited":
+            message = "Codex %s before the turn was completed" % self.run.how_it_ended()
+            words = self.run.last_words()
+        elif code == "stalled" and self.log.error:
+            message, words = "The turn's log can't be written", self.log.error.strerror
+        else:
             seconds = {"stalled": self.settings.idle_timeout, "timeout": self.settings.turn_timeout}
-            message = STOP_MESSAGES[code]
-            if code == "stalled" and self.log.error:
-                return "The turn's log can't be written: %s" % self.log.error.strerror
-            return message % seconds[code] if code in seconds else message
-        message = "Codex %s before the turn was completed" % self.run.how_it_ended()
-        words = self.run.last_words()
-        if words:
-            message += ": " + words[-(MAX_FAILURE_MESSAGE - len(message) - 2):]
-        return message
+            message = STOP_MESSAGES[code] % ((seconds[code],) if code in seconds else ())
+            words = self.complaint if code == "stalled" else None
+        room = MAX_FAILURE_MESSAGE - len(message) - 2
+        return "%s: %s" % (message, words[-room:]) if words else message
 
     def _leave(self):
         """Nothing of the turn stays but its log, and what it did in the workspace."""
@@ -2647,6 +2671,7 @@ class CodexRunner:
         self.started_at = timestamp()
         self.recovered = threading.Event()  # what an earlier engine left is in order
         self.on_change = lambda: None       # called when a turn has begun or ended
+        self.last_failure = None            # why the newest turn failed, if it did
         # Guards what follows; never held while anything is waited for.
         self.lock = threading.Lock()
         self.current = None                 # the Turn in progress, its start and its end included
@@ -4155,7 +4180,7 @@ def status_line(app):
         app.runner.finder.find()
     except HTTPError as error:
         return "%s: %s" % (error.body["error"], error.body["details"])
-    return IDLE
+    return "%s; %s" % (IDLE, app.runner.last_failure) if app.runner.last_failure else IDLE
 
 
 def watch(inbox, server, app, stop):

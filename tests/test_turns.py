@@ -299,6 +299,29 @@ def test_an_item_in_progress_holds_off_the_stall(make_engine):
     assert events[-2].json()["error"]["code"] == "stalled"
 
 
+def test_trying_again_is_no_progress(make_engine):
+    """With its API out of reach Codex 0.169 says so every minute, and for ever."""
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="2")
+    again = {"event": {"type": "error", "message": "Reconnecting… waiting for the network"}}
+    events = engine.send(script(BEGIN, *[again, {"sleep": 0.3}] * 200))
+    error = events[-2].json()["error"]
+    assert error["code"] == "stalled"
+    assert error["message"].endswith(": Reconnecting… waiting for the network")
+    wait_for(lambda: "warning turn 1 ended: stalled" in engine.log())
+    assert engine.log().count(error["message"]) == 1
+    engine.send(script(BEGIN, again, {"sleep": 1.5}, {"event": {"type": "item.completed"}}, again,
+                       {"sleep": 1.5}, {"complete": True}))
+
+
+def test_a_failed_turn_is_one_warning(engine):
+    failed = engine.send(script(BEGIN, {"fail": "quota exceeded…"}))[-2].json()["error"]["message"]
+    line = wait_for(lambda: [line for line in engine.log().split("\n") if "turn 1 ended" in line])
+    assert " warning turn 1 ended: turn.failed, " in line[0] and line[0].endswith(": " + failed)
+    engine.start_turn(script(BEGIN, HANG))
+    engine.post("/codex/interrupt")
+    assert wait_for(lambda: " info turn 2 ended: interrupted" in engine.log())
+
+
 def test_a_pause_of_the_machine_is_no_stall(constants, tmp_path):
     """As when a VM is frozen: the engine and Codex stand still, and the clock goes on."""
     engine = constants(env={"REPLICAS_ENGINE_IDLE_TIMEOUT": "3",
