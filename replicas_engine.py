@@ -648,7 +648,8 @@ def compress(pieces):
 # ---------------------------------------------------------------------------------------------
 
 class Router:
-    """Which handler answers which path and method.  HEAD goes wherever GET does."""
+    """Which handler answers which path and method.  HEAD goes wherever GET does; a path's last
+    segment may be a number, N in the table."""
 
     def __init__(self, *routes):
         self.paths = {}
@@ -659,7 +660,7 @@ class Router:
 
     def handler(self, method, path):
         """Raises HTTPError 404 or 405 (RFC 9110, 15.5.5 and 15.5.6)."""
-        methods = self.paths.get(path)
+        methods = self.paths.get(re.sub(r"/[0-9]+\Z", "/N", path))
         if methods is None:
             raise HTTPError(404, "Not found", "there is nothing at %s" % path)
         if method not in methods:
@@ -725,6 +726,7 @@ TERMINAL = ("turn.completed", "turn.failed")
 DONE = (b"done", b"{}")
 MAX_HEADER = 64 * 1024                     # bytes
 MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
+MAX_FINAL_MESSAGE = 256 * 1024             # bytes of UTF-8 that a turn's result holds of it
 MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
 ENDING_ROOM = 32 * 1024                    # bytes: two events with such a message, and `done`
 ROOM_STEP = 64 * 1024                      # bytes that the disk is asked for at once
@@ -1054,18 +1056,21 @@ class TurnLog:
 
     def summary(self):
         """What `GET /codex/status` says of the turn.  Raises HTTPError."""
+        with self.open_file() as file:
+            return self._summary(file)
+
+    def _summary(self, file):
         with self.changed:
             last, finished = self.last, self.finished
-        with self.open_file() as file:
-            modified = timestamp(os.fstat(file.fileno()).st_mtime)
-            events = self.events_at_end(2, file)
+        modified = timestamp(os.fstat(file.fileno()).st_mtime)
         summary = {"id": self.turn_id, "status": "running",
                    "started_at": self.header.get("started_at"),
                    "finished_at": modified if finished else None,
                    "last_event_at": modified if last else None,
                    "last_event_id": "%d.%d" % (self.turn_id, last) if last else None,
                    "usage": None, "error": None}
-        ending = next((event for event in events if event[1] in TERMINAL), None)
+        ending = next((event for event in self.events_at_end(2, file) if event[1] in TERMINAL),
+                      None)
         if ending:
             event = json_value.decode(ending[2])
             summary["usage"] = event.get("usage")
@@ -1073,6 +1078,29 @@ class TurnLog:
             if finished:
                 summary["status"] = _outcome(event)
         return summary
+
+    def result(self):
+        """What `GET /codex/turns/N` says, but for `turn_usage`.  Raises HTTPError."""
+        with self.open_file() as file:
+            result = self._summary(file)
+            del result["last_event_at"]
+            message = self._final_message(file) if self.finished else None
+        result.update(thread_id=self.thread_id, final_message=message)
+        if message and len(message) > MAX_FINAL_MESSAGE // 4:
+            data = message.encode("utf-8", "replace")
+            if len(data) > MAX_FINAL_MESSAGE:
+                result["final_message"] = data[:MAX_FINAL_MESSAGE].decode("utf-8", "ignore")
+                result["final_message_truncated"] = True
+        return result
+
+    def _final_message(self, file):
+        """The text of the last agent_message, or None."""
+        for _, (_, kind, data) in self._backwards(file):
+            if kind == "item.completed" and '"agent_message"' in data:
+                item = json_value.decode(data).get("item")
+                if isinstance(item, dict) and item.get("type") == "agent_message":
+                    return item["text"] if isinstance(item.get("text"), str) else None
+        return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2585,6 +2613,10 @@ class StateDirectory:
         return sorted((int(name.group(1)), os.path.join(self.turns, name.group()))
                       for name in names if name.group(2) in kinds)
 
+    def turn_ids(self):
+        """The ids of the kept turns, oldest first."""
+        return [turn_id for turn_id, _ in self._entries("log")]
+
     def load_logs(self):
         """The logs that can be read, oldest first, and the newest turn's id, readable or not."""
         logs, newest = [], 0
@@ -2656,6 +2688,20 @@ class StateDirectory:
 # ---------------------------------------------------------------------------------------------
 # CodexRunner
 # ---------------------------------------------------------------------------------------------
+
+def _own_usage(turn_log, usage, usages):
+    """What a turn used of its own: from 0.98 on Codex says what its whole thread has.  None where
+    the thread's turn before isn't known, or ended without saying it."""
+    if usage is None or turn_log.header.get("usage_of") == "turn":
+        return usage
+    if turn_log.header.get("thread_id") is None:        # it began the thread
+        return usage
+    before = usages.get(turn_log.thread_id)
+    if not before or turn_log.header.get("usage_of") != "thread":
+        return None
+    return {key: count - before.get(key, 0) for key, count in usage.items()
+            if isinstance(count, int) and isinstance(before.get(key, 0), int)}
+
 
 class CodexRunner:
     """The conversation: the thread, the turn in progress, and the turns that were.
@@ -2801,6 +2847,20 @@ class CodexRunner:
                              "started, or is no longer kept" % turn_id) from None
         except OSError as error:
             raise unavailable("The turn's log can't be read", error.strerror) from None
+
+    def results(self, newest=None):
+        """The results of the kept turns up to `newest`, newest first.  Raises HTTPError."""
+        usages, results = {}, []            # thread id -> the usage of its turn before, or None
+        for turn_id in self.state.turn_ids():
+            if newest is not None and turn_id > newest:
+                break
+            with contextlib.suppress(NoSuchTurn):
+                turn_log = self.turn_log(turn_id)
+                result = turn_log.result()
+                result["turn_usage"] = _own_usage(turn_log, result["usage"], usages)
+                usages[turn_log.thread_id] = result["usage"]
+                results.insert(0, result)
+        return results
 
     def interrupt(self):
         """Stop the turn in progress; its id when nothing of it is left, None if there was none."""
