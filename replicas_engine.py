@@ -54,6 +54,7 @@ import codecs
 import collections
 import contextlib
 import ctypes
+import email.utils
 import errno
 import faulthandler
 import fcntl
@@ -83,7 +84,6 @@ import urllib.parse
 import zlib
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from socketserver import BaseRequestHandler
 
 __version__ = "0.2.0"
 
@@ -1124,14 +1124,16 @@ class EventStream:
 
     It yields b"" at least every CLIENT_CHECK_INTERVAL seconds while it waits, so that a server
     can look after its client, and a comment every KEEP_ALIVE_INTERVAL seconds, the first at once
-    when there is nothing to send yet: that brings the response's head to the client.
+    when there is nothing to send yet: that brings the response's head to the client.  Another one
+    goes out once when the client `may_be_gone`: one that closed and one that only ended its half
+    look alike until something is sent.
     """
 
-    keep_alive = b": keep-alive\n\n"
-
-    def __init__(self, turn_log, offset):
+    def __init__(self, turn_log, offset, may_be_gone=lambda: False):
         """Raises HTTPError as TurnLog.open_file does."""
         self.log = turn_log
+        self.may_be_gone = may_be_gone
+        self.has_probed = False
         self.offset = offset
         self.next_comment = 0.0
         self.file = turn_log.open_file()
@@ -1148,9 +1150,11 @@ class EventStream:
         if data:
             self.next_comment = now + KEEP_ALIVE_INTERVAL
             return data
-        if now >= self.next_comment:
+        probing = not self.has_probed and self.may_be_gone()
+        if probing or now >= self.next_comment:
+            self.has_probed = self.has_probed or probing
             self.next_comment = now + KEEP_ALIVE_INTERVAL
-            return self.keep_alive
+            return b": keep-alive\n\n"
         return b""
 
     def _read(self):
@@ -1168,8 +1172,14 @@ class EventStream:
         self.file.close()
 
 
-def event_stream(turn_log, offset):
-    return Response(EventStream(turn_log, offset), 200,
+def event_stream(request, turn_log, offset):
+    """The response with a turn's stream from `offset` on.  Raises HTTPError."""
+    if request.environ.get("replicas_engine.crowded"):
+        raise HTTPError(503, "Too many connections are open",
+                        "the last ones are not for streams: see REPLICAS_ENGINE_MAX_CONNECTIONS",
+                        [("Retry-After", "5")], turn_id=turn_log.turn_id)
+    may_be_gone = request.environ.get("replicas_engine.may_be_gone", lambda: False)
+    return Response(EventStream(turn_log, offset, may_be_gone), 200,
                     [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
                      ("X-Accel-Buffering", "no"), ("X-Replicas-Turn-Id", str(turn_log.turn_id))])
 
@@ -3066,6 +3076,14 @@ class Application:
                 runner.open()
                 self.runner = runner
 
+    def admits(self, environ):
+        """Whether the request shows the secret, and so is answered before others."""
+        try:
+            check_secret(Request(environ), self.settings.secret)
+        except HTTPError:
+            return False
+        return True
+
     def __call__(self, environ, start_response):
         request = Request(environ)
         try:
@@ -3113,7 +3131,7 @@ class Application:
             summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
                        "status": turn_log.summary()["status"]}
             return json_response(summary, 202, [("Preference-Applied", "respond-async")])
-        return event_stream(turn_log, turn_log.start)
+        return event_stream(request, turn_log, turn_log.start)
 
     @staticmethod
     def _message(body):
@@ -3147,7 +3165,7 @@ class Application:
                                 % (position, turn_log.turn_id))
         if turn_log.finished and number == turn_log.last:
             return Response([], 204)
-        return event_stream(turn_log, offset)
+        return event_stream(request, turn_log, offset)
 
     # POST /codex/interrupt
 
@@ -3251,9 +3269,7 @@ application = Application()
 # Instead of http.server's handler, which lets through what RFC 9112 forbids, writes a response in
 # several packets and has no deadlines.  Section numbers are RFC 9112's unless they name another.
 #
-# Time limits on a socket are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO), since Python's own cost a
-# poll a call.  They hold for one call, so whoever reads in several of them lowers the limit to
-# what is left of his deadline.
+# This section is about text alone: what a request's head may be, and the environ that it makes.
 
 MAX_REQUEST_LINE = 8 * 1024                # bytes, above it 414
 MAX_HEAD = 32 * 1024                       # bytes of request line and fields, above it 431
@@ -3267,8 +3283,10 @@ BODY_GRACE, BODY_RATE = 20.0, 4096         # a body may take 20 s, and 1 s more 
 SEND_TIMEOUT = 60.0                        # seconds in which the client takes not one byte more
 LINGER_TIMEOUT, LINGER_PAUSE = 60.0, 10.0  # seconds of reading behind a last answer; between bytes
 MAX_LINGER_BYTES = 256 * 1024 * 1024       # bytes that are read behind a last answer
-MAX_SPARE_CONNECTIONS = 32                 # above the limit, for the paths that always answer
+MAX_SPARE_CONNECTIONS = 32                 # above the limit, for who is always answered
 SPARE_TIMEOUT = 2.0                        # seconds in which their request must be there
+RESERVE_THREADS = 2                        # that serve when no other can be started
+VANISHED_TIMEOUT = 45                      # seconds until a client that says nothing is gone
 BUFFER_SIZE = 16 * 1024
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                 # RFC 9110, 5.6.2
@@ -3281,7 +3299,10 @@ PARTIAL_REQUEST_LINE = re.compile(
 EMPTY_LINES = re.compile(rb"(?:\r\n)*")                                # 2.2
 FIELDS = re.compile(rb"(?:" + TOKEN + rb":" + VALUE + rb"\r\n)*")       # 5
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
-ORIGIN_FORM = re.compile(rb"(|/(?:" + PCHAR + rb"|/)*)(?:\?((?:" + PCHAR + rb"|[/?])*))?")   # 3.2.1
+# A query may have everything but blanks, control characters and "#" in it: browsers and Node send
+# some of what RFC 3986 forbids as it is, and no server minds.
+ORIGIN_FORM = re.compile(rb"(|/(?:" + PCHAR + rb"|/)*)"                 # 3.2.1
+                         rb"(?:\?((?:[!\"$&-~]|%[0-9A-Fa-f]{2})*))?")
 ABSOLUTE_FORM = re.compile(rb"http://([^/?]+)(.*)", re.IGNORECASE)      # 3.2.2
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)"
                   rb"(?::([0-9]*))?")                                   # RFC 9110, 7.2
@@ -3310,6 +3331,10 @@ class BadRequest(OSError):
 
 def too_many():
     return BadRequest(503, "too many connections are open: see REPLICAS_ENGINE_MAX_CONNECTIONS")
+
+
+def malformed_target():
+    return BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
 
 
 def parse_request_line(line):
@@ -3390,31 +3415,90 @@ def check_host(value):
     return host.lower(), port
 
 
+def origin_form(method, target, host):
+    """The origin-form of a target in another form; empty for `*` (3.2.4), since in PEP 3333 a path
+    is empty or begins with a slash.  Raises BadRequest."""
+    if target == b"*" and method == "OPTIONS":
+        return b""
+    match = ABSOLUTE_FORM.fullmatch(target)
+    if not match:
+        raise malformed_target()
+    authority = check_host(match.group(1))
+    if not authority[0] or (host is not None and host != authority):
+        raise BadRequest(400, "the request target and Host differ (RFC 9112, 3.2.2)")
+    rest = match.group(2)
+    if not rest and method == "OPTIONS":
+        return b""
+    return rest if rest.startswith(b"/") else b"/" + rest
+
+
+def parse_head(head, environ):
+    """Put a request's line and fields into the environ, but for its body.  Raises BadRequest."""
+    line, _, fields = head.partition(b"\r\n")
+    environ["REQUEST_METHOD"], target, version = parse_request_line(line)
+    environ["SERVER_PROTOCOL"] = "HTTP/1.%d" % version
+    add_fields(environ, fields)
+    if environ["REQUEST_METHOD"] == "CONNECT":
+        raise BadRequest(501, "CONNECT is not implemented")
+    host = environ.get("HTTP_HOST")
+    if host is None and version > 0:
+        raise BadRequest(400, "the Host field is missing (RFC 9112, 3.2)")
+    host = check_host(host.encode("latin-1")) if host is not None else None
+    if not target.startswith(b"/"):
+        target = origin_form(environ["REQUEST_METHOD"], target, host)
+    match = ORIGIN_FORM.fullmatch(target)
+    if not match:
+        raise malformed_target()
+    path, query = match.groups()
+    if b"%" in path:
+        path = urllib.parse.unquote_to_bytes(path)
+    environ["PATH_INFO"] = path.decode("latin-1")
+    environ["QUERY_STRING"] = query.decode("latin-1") if query else ""
+
+
+def wants_close(environ):
+    """Whether the client wants the connection closed behind the answer (9.3)."""
+    connection = environ.get("HTTP_CONNECTION")
+    tokens = [t.strip(" \t") for t in connection.lower().split(",")] if connection else ()
+    return "close" in tokens or (environ["SERVER_PROTOCOL"] == "HTTP/1.0"
+                                 and "keep-alive" not in tokens)
+
+
+def parse_framing(environ):
+    """(length, expects_continue): the bytes of the body (6.3), None if it is chunked, and whether
+    the client waits for `100 Continue`.  Raises BadRequest."""
+    is_old = environ["SERVER_PROTOCOL"] == "HTTP/1.0"
+    length, coding = environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")
+    if length is not None:
+        if not re.fullmatch(r"[0-9]+", length):
+            raise BadRequest(400, "Content-Length is malformed (RFC 9110, 8.6)")
+        # Without zeros, for the application too: Python reads no number of 5,000 digits.
+        length = environ["CONTENT_LENGTH"] = length.lstrip("0") or "0"
+        if len(length) > 18:
+            raise BadRequest(413, "Content-Length is larger than any body")
+    if coding is not None:
+        if length is not None or is_old:
+            raise BadRequest(400, "Transfer-Encoding must not come with Content-Length, "
+                                  "nor in HTTP/1.0 (RFC 9112, 6.1)")
+        if coding.lower() != "chunked":
+            raise BadRequest(501, "the only transfer coding that is implemented is chunked")
+    expect = environ.get("HTTP_EXPECT")
+    if expect:                              # a list, perhaps with empty elements: RFC 9110, 5.6.1.2
+        expect = {member.strip(" \t") for member in expect.lower().split(",")} - {""}
+        if expect - {"100-continue"}:
+            raise BadRequest(417, "the only expectation that is implemented is 100-continue")
+    return None if coding else int(length or 0), bool(expect) and not is_old
+
+
 # ---------------------------------------------------------------------------------------------
 # Connection and bodies
 # ---------------------------------------------------------------------------------------------
+# Time limits on a socket are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO), since Python's own cost a
+# poll a call.  They hold for one call, so whoever reads in several of them lowers the limit to
+# what is left of his deadline.
 
 class Disconnected(ConnectionError):
     """The client is gone, or has been too slow to be waited for."""
-
-
-try:
-    _libc_send = ctypes.PyDLL(None).send
-    _libc_send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
-    _libc_send.restype = ctypes.c_ssize_t
-except (OSError, AttributeError):           # this Python can't call the C library's
-    def _libc_send(fd, data, size, flags):
-        return 0
-
-
-def send_at_once(fd, data):
-    """send(2) as much as the kernel takes without waiting; how many bytes that were.
-
-    Unlike a socket's own methods this keeps Python's global lock meanwhile, a few microseconds:
-    who gives it up has to queue for it again, behind every connection that has something to do.
-    Whatever goes wrong counts as 0: the socket's own method then tells.
-    """
-    return max(0, _libc_send(fd, data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL))
 
 
 def _timeval(seconds):
@@ -3430,7 +3514,6 @@ class Connection:
         self.sock = sock
         self.buffer = b""
         self._limit = None
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT))
 
     def receive(self, seconds):
@@ -3452,11 +3535,8 @@ class Connection:
 
     def send(self, data):
         """Raises Disconnected, also when the client takes nothing for SEND_TIMEOUT."""
-        sent = send_at_once(self.sock.fileno(), data) if len(data) <= BUFFER_SIZE else 0
-        if sent == len(data):
-            return
         try:
-            self.sock.sendall(data[sent:])
+            self.sock.sendall(data)
         except OSError as error:
             with contextlib.suppress(OSError):      # it may have been closed
                 # Closing is a reset then: the kernel would keep what the client doesn't take.
@@ -3480,6 +3560,10 @@ class Connection:
             except OSError:
                 return True
         return False
+
+    def may_be_gone(self):
+        """Whether the client has ended what it sends: see has_hung_up."""
+        return self.has_hung_up() is None
 
     def linger(self):
         """Close our half and read on for a while: closing with something unread would reset the
@@ -3609,25 +3693,168 @@ class RequestBody(io.RawIOBase):
 
 
 # ---------------------------------------------------------------------------------------------
+# Answer
+# ---------------------------------------------------------------------------------------------
+
+def response_head(status_line, fields):
+    """A response's head (4), its empty line included.  Raises ValueError for a line end in it."""
+    lines = ["HTTP/1.1 %s\r\nDate: %s\r\nServer: replicas-engine\r\n"
+             % (status_line, email.utils.formatdate(usegmt=True))]
+    lines += ["%s: %s\r\n" % field for field in fields]
+    head = "".join(lines)
+    expected = len(lines) + 2
+    if head.count("\n") != expected or head.count("\r") != expected or "\0" in head:
+        raise ValueError("a response field has a line end in it")
+    return head.encode("latin-1") + b"\r\n"
+
+
+def refusal(error, is_head):
+    """The whole answer to what isn't a request, or not to be answered; the connection ends behind
+    it.  `is_head`: it was a HEAD, whose answer has no body (RFC 9110, 9.3.2)."""
+    phrase = reason_phrase(error.status)
+    body = json_bytes({"error": phrase, "details": str(error)})
+    fields = [("Content-Type", "application/json"), ("Content-Length", str(len(body))),
+              ("Cache-Control", "no-store")]
+    if error.status == 503:
+        fields.append(("Retry-After", "5"))
+    fields.append(("Connection", "close"))
+    head = response_head("%d %s" % (error.status, phrase), fields)
+    return head if is_head else head + body
+
+
+class Answer:
+    """One answer of the application, from start_response to its last byte (PEP 3333).
+
+    `closes` says when the head is made whether the connection ends behind the answer.
+    """
+
+    def __init__(self, connection, environ, request_body, closes):
+        self.connection = connection
+        self.request_body = request_body    # the RequestBody, or None
+        self.version = int(environ["SERVER_PROTOCOL"] != "HTTP/1.0")
+        self.is_head = environ["REQUEST_METHOD"] == "HEAD"
+        self.closes = closes
+        self.closed = False                 # what it said
+        self.status_line = None             # such as "200 OK", and the fields: the application's
+        self.fields = None
+        self.length = None                  # of the body, as the application says
+        self.head_sent = False
+        self.chunked = False                # settled with the head, as is the next
+        self.left = None                    # bytes of the body that are still to come, or None
+
+    def start_response(self, status_line, fields, exc_info=None):
+        if exc_info is not None:
+            try:
+                if self.head_sent:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None             # PEP 3333: avoid a circular reference
+        elif self.fields is not None:
+            raise AssertionError("start_response was called twice")
+        length = None
+        for name, value in fields:
+            name = name.lower()
+            if name == "content-length":
+                if length is not None:
+                    raise ValueError("Content-Length is given twice")
+                length = int(value)
+            elif name in HOP_BY_HOP:
+                raise ValueError("%s is not for the application to send" % name)
+        self.status_line, self.fields, self.length = status_line, fields, length
+        return self.write
+
+    def send(self, result):
+        """Send what the application returned: a short answer in one packet, a stream in chunks."""
+        if isinstance(result, (list, tuple)) and len(result) <= 1 and not self.head_sent:
+            self._send_whole(result[0] if result else b"")
+            return
+        for data in result:
+            if data:
+                self.write(data)
+            elif self.connection.has_hung_up():     # the application waits: is anybody there?
+                raise Disconnected("closed by the client")
+        self._end_body()
+
+    def _send_whole(self, body):
+        if self.request_body:
+            self.request_body.skip()
+        if self.length is None and not self.is_head:
+            self.length = len(body)
+            self.fields.append(("Content-Length", str(len(body))))
+        elif self.length != len(body) and not self._is_bodiless():
+            raise ValueError("the body does not have the length that its head says")
+        head = self._head()
+        self.connection.send(head if self._is_bodiless() else head + body)
+
+    def write(self, data):
+        """Send a piece of the body, the first with the head before it."""
+        head = b"" if self.head_sent else self._head()
+        if self._is_bodiless():
+            data = b""
+        elif self.chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        elif self.left is not None:
+            self.left -= len(data)
+            if self.left < 0:               # it would be taken for the next response
+                raise ValueError("the body is longer than its head says")
+        self.connection.send(head + data)
+
+    def _end_body(self):
+        head = b"" if self.head_sent else self._head()
+        self.connection.send(head + b"0\r\n\r\n" if self.chunked else head)
+        if self.left:
+            raise ValueError("the body is shorter than its head says")
+
+    def _is_bodiless(self):
+        return self.is_head or self.status_line[:3] in ("204", "304")   # 6.3
+
+    def _head(self):
+        """The head; settles how the body ends, and whether the connection stays."""
+        bodiless, fields = self._is_bodiless(), list(self.fields)
+        self.left = None if bodiless else self.length
+        self.chunked = self.version > 0 and not bodiless and self.length is None
+        if bodiless and not self.is_head:   # RFC 9110, 8.6
+            fields = [field for field in fields if field[0].lower() != "content-length"]
+        # 6.3: in HTTP/1.0 the end of the body is that of the connection; 9.3: what is left of a
+        # request's body is no request
+        self.closed = (self.closes() or not (bodiless or self.chunked or self.length is not None)
+                       or not (self.request_body is None or self.request_body.complete))
+        if self.chunked:
+            fields.append(("Transfer-Encoding", "chunked"))
+        if self.closed:
+            fields.append(("Connection", "close"))
+        elif self.version == 0:
+            fields.append(("Connection", "keep-alive"))
+        head = response_head(self.status_line, fields)
+        self.head_sent = True
+        return head
+
+
+# ---------------------------------------------------------------------------------------------
 # WSGI server
 # ---------------------------------------------------------------------------------------------
 
-class WSGIRequestHandler(BaseRequestHandler):
-    """One connection: its requests become environs for the application (PEP 3333)."""
+class WSGIRequestHandler:
+    """One connection: its requests become environs for the application, one after the other."""
+
+    def __init__(self, connection, client_address, server):
+        self.server = server
+        self.connection = connection
+        self.client = str(client_address[0]) if client_address else ""      # a Unix socket has none
+        self.base_environ = server.environ_of(self.client, client_address, self.connection)
+        self.last_head = (None, None)       # a head and its environ
+        self.begun_at = 0.0                 # when the request was there, by time.perf_counter
+        self.closing = False                # nothing is read behind the request
+        # The server looks at these, and doesn't wait
+        self.idle = False                   # between two requests, or behind the last
+        self.admitted = False               # it has shown that it may always enter
+        self.spare = server.register(self)  # it is beyond the limit
 
     # A connection's life, in the order in which it happens
 
-    def setup(self):
-        self.connection = Connection(self.request)
-        self.idle = False                   # between two requests, or behind the last
-        self.spare = self.server.register(self)
-        self.environ = self.server.environ_of(self.client_address)
-        self.last = (None, None)            # a head and its environ
-        self.close_connection = False
-
-    def handle(self):
+    def run(self):
         try:
-            while not self.close_connection:
+            while not self.closing:
                 self.handle_one_request()
         except OSError:                     # the client, or the way to it, is gone
             return
@@ -3640,19 +3867,18 @@ class WSGIRequestHandler(BaseRequestHandler):
             head = self.read_head()
             if head is None:
                 raise Disconnected
-            self.started = time.perf_counter()
-            environ = self.parse_head(head)
+            self.begun_at = time.perf_counter()
+            environ = self.environ_of(head)
+            self.admitted = self.admitted or self.server.admits(environ)
+            if self.spare and not (self.admitted or environ["PATH_INFO"] in self.server.always):
+                raise too_many()
+            body = self.open_body(environ)
         except BadRequest as error:
-            self.is_head = (head or self.connection.buffer).startswith(b"HEAD ")
-            self.refuse(error)
+            self.refuse(error, (head or self.connection.buffer).startswith(b"HEAD "))
             return
-        self.is_head = environ["REQUEST_METHOD"] == "HEAD"
-        if self.spare and environ["PATH_INFO"] not in self.server.always:
-            self.refuse(too_many())
-        else:
-            self.run_application(environ)
-
-    # Reading a head
+        if self.spare:
+            environ["replicas_engine.crowded"] = True
+        self.run_application(environ, body)
 
     def read_head(self):
         """The next request's line and fields with their CRLFs, or None if there is none."""
@@ -3698,272 +3924,110 @@ class WSGIRequestHandler(BaseRequestHandler):
             raise reason
         return False
 
-    def parse_head(self, head):
-        """The environ of a request.  Raises BadRequest."""
-        if head != self.last[0]:            # a client's next head is often its last one again
-            self.last = (head, self.parse_new_head(head))
-        environ = self.last[1].copy()
-        self.parse_framing(environ)
-        return environ
+    def environ_of(self, head):
+        if head != self.last_head[0]:       # a client's next head is often its last one again
+            environ = self.base_environ.copy()
+            parse_head(head, environ)
+            self.last_head = (head, environ)
+        return self.last_head[1].copy()
 
-    def parse_new_head(self, head):
-        line, _, fields = head.partition(b"\r\n")
-        method, target, version = parse_request_line(line)
-        environ = self.environ.copy()
-        environ["REQUEST_METHOD"] = method
-        environ["SERVER_PROTOCOL"] = "HTTP/1.%d" % version
-        add_fields(environ, fields)
-        self.parse_target(environ, target, version)
-        connection = environ.get("HTTP_CONNECTION")
-        tokens = [t.strip(" \t") for t in connection.lower().split(",")] if connection else ()
-        self.close_connection = ("close" in tokens                          # 9.3
-                                 or (version == 0 and "keep-alive" not in tokens))
-        return environ
+    def open_body(self, environ):
+        """Put the request's body into the environ; its RequestBody, or None if it has none."""
+        length, expects_continue = parse_framing(environ)
+        body = None if length == 0 else RequestBody(self.connection, length, expects_continue)
+        environ["wsgi.input"] = io.BufferedReader(body, BUFFER_SIZE) if body else io.BytesIO()
+        return body
 
-    def parse_target(self, environ, target, version):
-        if environ["REQUEST_METHOD"] == "CONNECT":
-            raise BadRequest(501, "CONNECT is not implemented")
-        host = environ.get("HTTP_HOST")
-        if host is None and version > 0:
-            raise BadRequest(400, "the Host field is missing (RFC 9112, 3.2)")
-        host = check_host(host.encode("latin-1")) if host is not None else None
-        if not target.startswith(b"/"):
-            target = self.absolute_target(environ, target, host)
-        match = ORIGIN_FORM.fullmatch(target)
-        if not match:
-            raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
-        path, query = match.groups()
-        if b"%" in path:
-            path = urllib.parse.unquote_to_bytes(path)
-        environ["PATH_INFO"] = path.decode("latin-1")
-        environ["QUERY_STRING"] = query.decode() if query else ""
-
-    @staticmethod
-    def absolute_target(environ, target, host):
-        """The origin-form of a target in another form; empty for `*` (3.2.4), since in PEP 3333 a
-        path is empty or begins with a slash."""
-        if target == b"*" and environ["REQUEST_METHOD"] == "OPTIONS":
-            return b""
-        match = ABSOLUTE_FORM.fullmatch(target)
-        if not match:
-            raise BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
-        authority = check_host(match.group(1))
-        if not authority[0] or (host is not None and host != authority):
-            raise BadRequest(400, "the request target and Host differ (RFC 9112, 3.2.2)")
-        rest = match.group(2)
-        if not rest and environ["REQUEST_METHOD"] == "OPTIONS":
-            return b""
-        return rest if rest.startswith(b"/") else b"/" + rest
-
-    def parse_framing(self, environ):
-        """Where the body ends (6.3)."""
-        is_old = environ["SERVER_PROTOCOL"] == "HTTP/1.0"
-        length, coding = environ.get("CONTENT_LENGTH"), environ.get("HTTP_TRANSFER_ENCODING")
-        if length is not None:
-            if not re.fullmatch(r"[0-9]+", length):
-                raise BadRequest(400, "Content-Length is malformed (RFC 9110, 8.6)")
-            # Without zeros, for the application too: Python reads no number of 5,000 digits.
-            length = environ["CONTENT_LENGTH"] = length.lstrip("0") or "0"
-            if len(length) > 18:
-                raise BadRequest(413, "Content-Length is larger than any body")
-        if coding is not None:
-            if length is not None or is_old:
-                raise BadRequest(400, "Transfer-Encoding must not come with Content-Length, "
-                                      "nor in HTTP/1.0 (RFC 9112, 6.1)")
-            if coding.lower() != "chunked":
-                raise BadRequest(501, "the only transfer coding that is implemented is chunked")
-        expect = environ.get("HTTP_EXPECT")
-        if expect:                          # a list, perhaps with empty elements: RFC 9110, 5.6.1.2
-            expect = {member.strip(" \t") for member in expect.lower().split(",")} - {""}
-            if expect - {"100-continue"}:
-                raise BadRequest(417, "the only expectation that is implemented is 100-continue")
-        if coding is None and length in (None, "0"):
-            self.body = None
-            environ["wsgi.input"] = io.BytesIO()
-        else:
-            self.body = RequestBody(self.connection, None if coding else int(length),
-                                    bool(expect) and not is_old)
-            environ["wsgi.input"] = io.BufferedReader(self.body, BUFFER_SIZE)
-
-    # Answering
-
-    def refuse(self, error):
-        """Answer what is no request, and close the connection."""
-        self.started = time.perf_counter()
-        self.close_connection = True
-        self.version, self.head_sent = 1, False
-        body = json_bytes({"error": reason_phrase(error.status), "details": str(error)})
-        self.status, self.headers = "%d %s" % (error.status, reason_phrase(error.status)), [
-            ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        self.length = len(body)
-        if error.status == 503:
-            self.headers.append(("Retry-After", "5"))
-        self.connection.send(self.head() + (b"" if self.is_head else body))  # RFC 9110, 9.3.2
-        logger.info("refused a request: %d %s", error.status, error)
-
-    def run_application(self, environ):
-        self.version = int(environ["SERVER_PROTOCOL"] != "HTTP/1.0")
-        self.status = self.headers = self.length = None
-        self.head_sent = self.chunked = self.probed = False
+    def run_application(self, environ, body):
+        answer = Answer(self.connection, environ, body,
+                        lambda: wants_close(environ) or self.server.closing or self.spare)
         outcome = "-"
         try:
-            result = self.server.application(environ, self.start_response)
+            result = self.server.application(environ, answer.start_response)
             try:
-                self.send_result(result)
+                answer.send(result)
             finally:
                 if hasattr(result, "close"):
                     result.close()
-            outcome = self.status[:3]
+            outcome = answer.status_line[:3]
+            self.closing = answer.closed
         except Disconnected:
-            outcome = "%s, client gone" % (self.status or "")[:3]
+            outcome = "%s, client gone" % (answer.status_line or "")[:3]
             raise
         except Exception:
             logger.exception("the application failed")
-            self.close_connection = True
-            if not self.head_sent:
-                self.refuse(BadRequest(500, "the engine's log says more"))
+            self.closing = True
+            if not answer.head_sent:
+                self.refuse(BadRequest(500, "the engine's log says more"), answer.is_head)
         finally:
             self.log_request(environ, outcome)
 
+    def refuse(self, error, is_head):
+        """Answer what isn't a request, and close the connection."""
+        self.closing = True
+        self.connection.send(refusal(error, is_head))
+        logger.info("refused a request: %d %s, from %s", error.status, error, self.client)
+
     def log_request(self, environ, outcome):
         path = environ["PATH_INFO"]
-        level = logging.DEBUG if path in self.server.always and outcome == "200" else logging.INFO
-        log_request(level, "%s %s %s %.1f ms" % (
+        level = (logging.DEBUG if path in self.server.always and outcome == "200"
+                 else logging.INFO)
+        log_request(level, "%s %s %s %.1f ms, from %s" % (
             environ["REQUEST_METHOD"], path if path.isprintable() else ascii(path), outcome,
-            (time.perf_counter() - self.started) * 1000))
+            (time.perf_counter() - self.begun_at) * 1000, self.client))
 
-    def start_response(self, status, headers, exc_info=None):
-        if exc_info is not None:
-            try:
-                if self.head_sent:
-                    raise exc_info[1].with_traceback(exc_info[2])
-            finally:
-                exc_info = None             # PEP 3333: avoid a circular reference
-        elif self.headers is not None:
-            raise AssertionError("start_response was called twice")
-        length = None                       # what the application says of its body's length
-        for name, value in headers:
-            name = name.lower()
-            if name == "content-length":
-                if length is not None:
-                    raise ValueError("Content-Length is given twice")
-                length = int(value)
-            elif name in HOP_BY_HOP:
-                raise ValueError("%s is not for the application to send" % name)
-        self.status, self.headers, self.length = status, headers, length
-        return self.write
 
-    def send_result(self, result):
-        """Send what the application returned: a short answer in one packet, a stream in chunks."""
-        if isinstance(result, (list, tuple)) and len(result) <= 1 and not self.head_sent:
-            body = result[0] if result else b""
-            if self.body:
-                self.body.skip()
-            if self.length is None and not self.is_head:
-                self.length = len(body)
-                self.headers.append(("Content-Length", str(len(body))))
-            elif self.length != len(body) and not self.is_bodiless():
-                raise ValueError("the body does not have the length that its head says")
-            head = self.head()
-            self.connection.send(head if self.is_bodiless() else head + body)
-            return
-        for data in result:
-            if data:
-                self.write(data)
-            else:
-                self.look_after_client(result)
-        self.end_body()
-
-    def write(self, data):
-        """Send a piece of the body, the first with the head before it."""
-        head = b"" if self.head_sent else self.head()
-        if self.is_bodiless():
-            data = b""
-        elif self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-        elif self.left is not None:
-            self.left -= len(data)
-            if self.left < 0:               # it would be taken for the next response
-                raise ValueError("the body is longer than its head says")
-        self.connection.send(head + data)
-
-    def end_body(self):
-        head = b"" if self.head_sent else self.head()
-        self.connection.send(head + b"0\r\n\r\n" if self.chunked else head)
-        if self.left:
-            raise ValueError("the body is shorter than its head says")
-
-    def is_bodiless(self):
-        return self.is_head or self.status[:3] in ("204", "304")        # 6.3
-
-    def head(self):
-        """The response's head; settles how its body ends, and whether the connection stays."""
-        bodiless, length = self.is_bodiless(), self.length
-        self.left = None if bodiless else length
-        self.chunked = self.version > 0 and not bodiless and length is None
-        if bodiless and not self.is_head:   # RFC 9110, 8.6
-            self.headers = [field for field in self.headers if field[0].lower() != "content-length"]
-        if not bodiless and not self.chunked and length is None:
-            self.close_connection = True    # 6.3: the end of the body is that of the connection
-        if self.server.closing or self.spare or not (self.close_connection or self.body is None
-                                                     or self.body.complete):
-            self.close_connection = True    # what is left of the request is no request (9.3)
-        lines = ["HTTP/1.1 %s\r\nDate: %s\r\nServer: replicas-engine\r\n"
-                 % (self.status, self.server.date())]
-        lines += ["%s: %s\r\n" % field for field in self.headers]
-        if self.chunked:
-            lines.append("Transfer-Encoding: chunked\r\n")
-        if self.close_connection:
-            lines.append("Connection: close\r\n")
-        elif self.version == 0:
-            lines.append("Connection: keep-alive\r\n")
-        head = "".join(lines)
-        expected = len(lines) + 2
-        if head.count("\n") != expected or head.count("\r") != expected or "\0" in head:
-            raise ValueError("a response field has a line end in it")
-        data = head.encode("latin-1") + b"\r\n"
-        self.head_sent = True
-        return data
-
-    def look_after_client(self, result):
-        """While the application waits: is anybody still there to hear it?"""
-        gone = self.connection.has_hung_up()
-        if gone:
-            raise Disconnected("closed by the client")
-        if gone is None and not self.probed:
-            # To somebody who only ended his half a comment does no harm; if he is gone it brings
-            # the reset that the next look finds.
-            self.probed = True
-            probe = getattr(result, "keep_alive", b"")
-            if probe:
-                self.write(probe)
+def prepare_listener(listener):
+    """Set what the accepted sockets inherit (tcp(7)): no Nagle; whoever vanished without a word
+    is noticed after VANISHED_TIMEOUT, when something is sent to him or nothing is."""
+    listener.setblocking(False)
+    if listener.family != socket.AF_UNIX:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPINTVL, 5),
+                              (socket.TCP_KEEPIDLE, VANISHED_TIMEOUT - 15),
+                              (socket.TCP_USER_TIMEOUT, VANISHED_TIMEOUT * 1000)):
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class WSGIServer(ThreadingHTTPServer):
-    """Serves a WSGI application on a listening socket, a thread a connection.
+    """Serves a WSGI application on listening sockets, a thread a connection.
 
-    `max_connections` may be open; MAX_SPARE_CONNECTIONS more only for the paths in `always`, the
-    newest of them first, so that those answer even when streams have taken everything.
+    `max_connections` may be open.  Above that the oldest makes room of those that have not shown
+    yet that `admits(environ)` is true of them, else of those that are between two requests.  If
+    there is none, MAX_SPARE_CONNECTIONS more are taken, the newest first, and answered if that is
+    true, or the path is in `always`.  For these the environ has `replicas_engine.crowded`: no
+    endless answer should be given.
     """
 
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listener, application, max_connections, always=()):
-        super().__init__(listener.getsockname(), WSGIRequestHandler, bind_and_activate=False)
+    def __init__(self, listeners, application, max_connections, always=(),
+                 admits=lambda environ: False):
+        name = listeners[0].getsockname()
+        super().__init__(name, WSGIRequestHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener
-        self.server_address = listener.getsockname()
+        self.socket = listeners[0]
+        self.server_address = name if isinstance(name, tuple) else ("localhost", 0)
         self.application = application
         self.max_connections = max_connections
         self.always = frozenset(always)
+        self.admits = admits
         self.closing = False
         self.last_look = time.monotonic()   # when the accept loop last came by
-        self._changed = threading.Condition()       # guards the two below
+        # Guards the two below, and is notified when a connection has ended.  Taken by the accept
+        # loop and by each connection's thread at its beginning and its end.
+        self._changed = threading.Condition()
         self._connections = {}              # socket -> its handler, or None before it has one
         self._spare = {}
-        self._date = (0, "")
-        self._pause = threading.Event()
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._ready = select.epoll()        # tells which listener has somebody waiting
+        for listener in listeners:
+            prepare_listener(listener)
+            self._ready.register(listener, select.EPOLLIN)
+        self._reserve = queue.SimpleQueue()     # connections for which there was no thread
+        for _ in range(RESERVE_THREADS):
+            threading.Thread(target=self._serve_reserve, name="reserve", daemon=True).start()
         self._environ = {
             "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr,
             "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False,
@@ -3973,61 +4037,80 @@ class WSGIServer(ThreadingHTTPServer):
 
     # Called by the handlers
 
-    def environ_of(self, client_address):
-        return {**self._environ, "REMOTE_ADDR": str(client_address[0]),
-                "REMOTE_PORT": str(client_address[1])}
+    def environ_of(self, client, client_address, connection):
+        """What all environs of a connection have; `replicas_engine.may_be_gone` is a function that
+        tells whether the client has ended what it sends, and perhaps gone: see EventStream."""
+        return {**self._environ, "REMOTE_ADDR": client,
+                "REMOTE_PORT": str(client_address[1]) if client else "",
+                "replicas_engine.may_be_gone": connection.may_be_gone}
 
     def register(self, handler):
-        """A handler has begun; whether it may answer only the paths in `always`."""
+        """A handler has begun; whether it is beyond the limit."""
         with self._changed:
+            sock = handler.connection.sock
             for connections in (self._connections, self._spare):
-                if handler.request in connections:
-                    connections[handler.request] = handler
-            return handler.request not in self._connections
-
-    def date(self):
-        """The Date field's value (RFC 9110, 5.6.7), formatted once a second."""
-        now = int(time.time())
-        if self._date[0] != now:
-            day = time.gmtime(now)
-            self._date = (now, "%s, %02d %s %04d %02d:%02d:%02d GMT" % (
-                ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[day[6]], day[2],
-                ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov",
-                 "Dec")[day[1] - 1], day[0], day[3], day[4], day[5]))
-        return self._date[1]
+                if sock in connections:
+                    connections[sock] = handler
+            return sock not in self._connections
 
     # Called by the accept loop
+
+    def fileno(self):
+        return self._ready.fileno()
 
     def service_actions(self):
         self.last_look = time.monotonic()
 
     def get_request(self):
         try:
-            return super().get_request()
+            (fd, _), *_ = self._ready.poll(0) or [(self.socket.fileno(), 0)]
+            return self._listeners[fd].accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                logger.error("a connection can't be taken: %s", error)
-                self._pause.wait(0.1)       # the connection stays in the queue: don't spin
+                logger.error("a connection can't be taken: %s", error.strerror)
+                time.sleep(0.1)             # the connection stays in the queue: don't spin
             raise
 
     def process_request(self, request, client_address):
-        oldest = None
+        oldest = self._make_room(request)
+        if oldest:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RD)     # so that its thread ends now
+        try:
+            threading.Thread(target=self.process_request_thread, name="connection",
+                             args=(request, client_address), daemon=True).start()
+        except RuntimeError as error:
+            logger.error("no thread could be started for a connection: %s", error)
+            with self._changed:
+                self._spare[request] = self._connections.pop(request, None)
+            self._reserve.put((request, client_address))
+
+    def _make_room(self, request):
+        """Count a connection, among the spare ones if need be; the socket that must go for it."""
         with self._changed:
             if len(self._connections) < self.max_connections:
                 self._connections[request] = None
-            else:
-                if len(self._spare) >= MAX_SPARE_CONNECTIONS:
-                    oldest = next(iter(self._spare))
-                    del self._spare[oldest]
-                self._spare[request] = None
-        if oldest:
-            with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RD)     # so that its thread sends its 503 now
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:       # no thread could be started
-            logger.error("a connection can't be served: %s", error)
-            self.shutdown_request(request)
+                return None
+            handlers = self._connections.items()
+            oldest = next(itertools.chain(
+                (sock for sock, handler in handlers if not (handler and handler.admitted)),
+                (sock for sock, handler in handlers if handler and handler.idle)), None)
+            if oldest:
+                del self._connections[oldest]
+                self._connections[request] = None
+                return oldest
+            if len(self._spare) >= MAX_SPARE_CONNECTIONS:
+                oldest = next(iter(self._spare))
+                del self._spare[oldest]
+            self._spare[request] = None
+            return oldest
+
+    def _serve_reserve(self):
+        for connection in iter(self._reserve.get, None):
+            self.process_request_thread(*connection)
+
+    def finish_request(self, request, client_address):
+        WSGIRequestHandler(Connection(request), client_address, self).run()
 
     def shutdown_request(self, request):
         self.close_request(request)
@@ -4041,19 +4124,18 @@ class WSGIServer(ThreadingHTTPServer):
 
     # Ending
 
-    def close(self, timeout, keep_queue=False):
+    def shut_down(self, timeout, keep_queue=False):
         """Take no more connections and wait for the answers under way, `timeout` seconds at most.
 
-        Who waits in the socket's queue is still served, unless `keep_queue`: somebody else, who
+        Who waits in a socket's queue is still served, unless `keep_queue`: somebody else, who
         has the socket too, will see to them.
         """
         self.shutdown()
         self.closing = True
-        if not keep_queue:
-            self.socket.setblocking(False)
+        for listener in () if keep_queue else self._listeners.values():
             with contextlib.suppress(OSError):
                 while True:
-                    self.process_request(*self.socket.accept())
+                    self.process_request(*listener.accept())
         deadline = time.monotonic() + timeout
         while True:
             with self._changed:
@@ -4067,17 +4149,52 @@ class WSGIServer(ThreadingHTTPServer):
                 if not (self._connections or self._spare) or left <= 0:
                     break
                 self._changed.wait(min(0.1, left))
-        self.socket.close()
+        for _ in range(RESERVE_THREADS):
+            self._reserve.put(None)
+        for listener in self._listeners.values():
+            listener.close()
+        self._ready.close()
+
+
+def listen_at_path(path):
+    """A listening Unix socket in place of one that nobody listens on.  Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(path) == errno.ECONNREFUSED:
+                    os.unlink(path)
+        listener.bind(path)
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def listen(host, port):
-    """A listening socket; by default on every interface, IPv4 and IPv6.  Raises OSError."""
+    """Listening sockets; by default one for every interface, IPv4 and IPv6.  Raises OSError.
+
+    `host` may be `unix:` and a path, or a name, of which every address is listened on.
+    """
+    if host and host.startswith("unix:"):
+        return [listen_at_path(host[len("unix:"):])]
     if host in (None, "::") and socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024,
-                                    dualstack_ipv6=True)
-    family, _, _, _, address = socket.getaddrinfo(
-        host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address[:2], family=family, backlog=1024)
+        return [socket.create_server(("", port), family=socket.AF_INET6, backlog=1024,
+                                     dualstack_ipv6=True)]
+    listeners = []
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(
+                host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            if listeners:                   # the same port, if it was to be any
+                address = (address[0], listeners[0].getsockname()[1])
+            listeners.append(socket.create_server(address[:2], family=family, backlog=1024))
+    except OSError as error:                # of localhost's addresses a machine may have only one
+        if not listeners or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            for listener in listeners:
+                listener.close()
+            raise
+    return listeners
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4163,7 +4280,8 @@ def _check_folder(name, path, variable, make=False):
 
 def _check_port(settings):
     try:
-        listen(settings.host, settings.port).close()
+        for listener in listen(settings.host, settings.port):
+            listener.close()
         return True, "port: %d is free" % settings.port
     except OSError as error:
         problem = error.strerror or str(error)
@@ -4283,14 +4401,15 @@ def serve(settings):
         logger.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", settings.state, error)
         return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
     try:
-        listener = inherited or listen(settings.host, settings.port)
+        listeners = [inherited] if inherited else listen(settings.host, settings.port)
     except OSError as error:
         app.runner.close()
         logger.error("HOST=%s, PORT=%d can't be used: %s", settings.host or "", settings.port,
                      error.strerror or error)
         # What may be otherwise in a minute is worth another start.
         return 1 if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else 2
-    server = WSGIServer(listener, app, settings.max_connections, always=("/health",))
+    server = WSGIServer(listeners, app, settings.max_connections, always=("/health",),
+                        admits=app.admits)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     logger.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
                 server.server_address[1], settings.host or "every interface", os.getpid())
@@ -4302,7 +4421,7 @@ def serve(settings):
 
     def stop():
         app.runner.close()
-        server.close(CLOSE_TIMEOUT, keep_queue=inherited is not None)
+        server.shut_down(CLOSE_TIMEOUT, keep_queue=inherited is not None)
         inbox.put(Inbox.STOPPED)
 
     app.runner.on_change = lambda: inbox.put(Inbox.TURN_CHANGED)

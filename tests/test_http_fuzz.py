@@ -161,7 +161,11 @@ def naive_target(method, target, host, version):
         if target[:1] != b"/":
             target = b"/" + target
     path, question, query = target.partition(b"?")
-    return naive_pchars(path, b"/")[0], naive_pchars(query, b"/?")[1]
+    # What RFC 3986 doesn't allow in a query is sent by browsers as it is; but no fragment.
+    return naive_pchars(path, b"/")[0], naive_pchars(query, bytes(RAW_IN_QUERY))[1]
+
+
+RAW_IN_QUERY = set(range(0x21, 0x7f)) - set(b"#%")
 
 
 def naive_pchars(text, more):
@@ -307,6 +311,7 @@ class Pieces(replicas_engine.Connection):
     def __init__(self, pieces):
         self.pieces = [piece for piece in pieces if piece]
         self.buffer = b""
+        self.sock = None
 
     def receive(self, seconds):
         if not self.pieces:
@@ -320,19 +325,22 @@ class Pieces(replicas_engine.Connection):
 
 class Server:
     closing = False
-    always = frozenset()
+
+    def environ_of(self, client, client_address, connection):
+        return {}
+
+    def register(self, handler):
+        return False
 
 
 def read_by_engine(pieces):
-    handler = object.__new__(replicas_engine.WSGIRequestHandler)
-    handler.connection = Pieces(pieces)
-    handler.server, handler.spare, handler.idle = Server, False, False
-    handler.environ, handler.last = {}, (None, None)
+    handler = replicas_engine.WSGIRequestHandler(Pieces(pieces), ("127.0.0.1", 1), Server())
     try:
         head = handler.read_head()
         if head is None:
             return None
-        environ = handler.parse_head(head)
+        environ = handler.environ_of(head)
+        handler.open_body(environ)
         body = environ["wsgi.input"].read()
     except replicas_engine.BadRequest as error:
         assert error.status in (400, 408, 413, 414, 417, 431, 501)

@@ -196,18 +196,18 @@ def serve(monkeypatch):
         for name, value in constants.items():
             assert hasattr(replicas_engine, name)
             monkeypatch.setattr(replicas_engine, name, value)
-        listener = replicas_engine.listen("127.0.0.1", 0)
+        listeners = replicas_engine.listen("127.0.0.1", 0)
         server = replicas_engine.WSGIServer(
-            listener, wsgiref.validate.validator(app) if valid else app, max_connections, always)
+            listeners, wsgiref.validate.validator(app) if valid else app, max_connections, always)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         served.append((server, thread))
-        return Served(server, listener.getsockname()[1])
+        return Served(server, listeners[0].getsockname()[1])
 
     yield start
     for server, thread in served:
         if server.socket.fileno() >= 0:     # else the test has closed it
-            server.close(harness.PATIENCE)
+            server.shut_down(harness.PATIENCE)
         thread.join()
     wait_for(lambda: not connection_threads(), "the connections' threads to end")
     wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors to be closed")
@@ -327,7 +327,7 @@ def test_lingering_ends_with_the_server(serve, spare, sends):
         assert client.answer()[0] == (503 if spare else 200)
         assert client.is_closed()
         assert connection_threads()
-        end = threading.Thread(target=served.server.close, args=[harness.PATIENCE])
+        end = threading.Thread(target=served.server.shut_down, args=[harness.PATIENCE])
         end.start()
         with contextlib.suppress(ConnectionError):
             while sends and connection_threads():
@@ -364,6 +364,80 @@ def test_spare_connections_that_linger_give_way(serve):
     wait_for(send, "the oldest to give way", 5)
     for client in clients:
         client.close()
+
+
+# Above the limit
+
+def silent(port, count):
+    return [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+
+
+def test_who_has_shown_the_secret_is_answered_above_the_limit(make_engine, tmp_path):
+    """Whatever the others do: the oldest that has not shown it makes room."""
+    engine = make_engine(REPLICAS_ENGINE_MAX_CONNECTIONS="4")
+    hold_turn(engine, tmp_path)
+    crowd = silent(engine.port, 4)
+    for _ in range(20):
+        assert engine.get("/ping").status == 200
+        crowd += silent(engine.port, 4)
+    events = [engine.open("GET", "/codex/events") for _ in range(4)]   # room for whoever shows it
+    assert all(response.status == 200 for _, response in events)
+    crowd += silent(engine.port, 4)
+    assert engine.get("/codex/status").status == 200
+    assert engine.request("GET", "/health", secret=None).status == 200
+    assert engine.request("GET", "/ping", secret=None).status == 503
+    assert engine.request("GET", "/ping", secret="wrong").status == 503
+    answer = engine.get("/codex/events")
+    assert answer.status == 503 and "not for streams" in answer.json()["details"]
+    assert answer.headers["Retry-After"]
+    assert engine.post("/codex/interrupt").json()["interrupted"] is True
+    for _, response in events:
+        assert harness.parse_events(response.read())[-1].type == "done"
+    for sock in crowd:
+        sock.close()
+    wait_for(lambda: engine.get("/codex/events").status == 200)
+
+
+def test_a_client_that_vanishes_without_a_word(engine):
+    """The kernel asks for it: tcp(7)."""
+    with socket.create_connection(("127.0.0.1", engine.port)) as sock:
+        sock.sendall(PING)
+        assert b"pong" in sock.recv(65536)
+        pid = engine.process.pid
+        local = "%04X" % engine.port
+        timers = [line.split()[5] for line in open("/proc/%d/net/tcp" % pid)
+                  if line.split()[1].endswith(local) and line.split()[3] == "01"]
+        assert timers and all(timer.startswith("02:") for timer in timers)      # keep-alive
+
+
+def test_no_thread_can_be_started(serve, monkeypatch):
+    """As when the agent has filled the machine: those that are there already serve."""
+    served = serve(Application(), always=("/echo",))
+    start = threading.Thread.start
+
+    def fail(thread):
+        if thread.name == "connection":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    for _ in range(10):
+        assert served.get("echo")[0] == 200
+    monkeypatch.undo()
+    assert served.get("echo")[0] == 200
+
+
+# Targets
+
+def test_a_query_with_characters_that_browsers_send_raw(serve):
+    served = serve(Application())
+    for query in (b"a=[1]", b"a|b^c`d", b'{"a":"\\<b>"}', b"a=%5B1]", b"a[]=1&b[c]=2;d"):
+        with Client(served.port, request(b"GET /echo?" + query + b" HTTP/1.1")) as client:
+            status, fields, _ = client.answer()
+            assert status == 200 and fields["x-query"] == query.decode()
+    for target in (b"/echo?a#b", b"/echo?%g0", b"/echo?%", b"/echo[1]", b"/ec|ho"):
+        with Client(served.port, request(b"GET " + target + b" HTTP/1.1")) as client:
+            assert client.answer()[0] == 400
 
 
 # Half-closed clients
@@ -807,10 +881,7 @@ def test_large_upload_to_a_busy_application_is_kept_back(serve):
         app.proceed.set()
 
 
-@pytest.mark.parametrize("at_once", (replicas_engine.send_at_once, lambda fd, data: 0))
-def test_send(monkeypatch, at_once):
-    """Also where the C library's send(2) can't be called; a closed socket is no other error."""
-    monkeypatch.setattr(replicas_engine, "send_at_once", at_once)
+def test_send_on_a_closed_socket():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()) as sock, listener.accept()[0] as peer:
             connection = replicas_engine.Connection(sock)
@@ -826,21 +897,15 @@ def test_send(monkeypatch, at_once):
 @pytest.mark.parametrize("leave", (Client.close, Client.reset))
 def test_client_that_leaves_is_noticed_while_nothing_is_sent(serve, leave):
     class Commenting(Application):
+        """It asks the server, as EventStream does, whether a comment could bring the news."""
+
         def drip(self, environ, start_response):
             self.start(start_response)
-            return Comments(super().until_proceed(), self.closed)
+            return self.closing(self.pieces(environ["replicas_engine.may_be_gone"]))
 
-    class Comments:
-        keep_alive = b": keep-alive\n\n"
-
-        def __init__(self, iterator, closed):
-            self.iterator, self.closed = iterator, closed
-
-        def __iter__(self):
-            return self.iterator
-
-        def close(self):
-            self.closed.set()
+        def pieces(self, may_be_gone):
+            for piece in self.until_proceed():
+                yield piece or (b": comment\n\n" if may_be_gone() else b"")
 
     app = Commenting()
     served = serve(app, valid=False)
@@ -898,10 +963,15 @@ def test_too_many_connections(make_engine, tmp_path):
                for _ in range(4)]
     for stream in streams:
         assert stream.head()[0] == 200
-    with Client(engine.port, request(b"HEAD /ping HTTP/1.1", KEY[:-2])) as client:
+    with Client(engine.port, request(b"HEAD /ping HTTP/1.1")) as client:
         assert client.answer(is_head=True)[0] == 503
         assert client.is_closed()
-    for data in (PING, PING * 2, b"\r\n" + PING[:9], PING[:50]):
+    with Client(engine.port, PING * 2) as client:
+        status, fields, _ = client.answer()
+        assert status == 200 and fields["connection"] == "close"
+        assert client.is_closed()
+    anonymous = request(b"GET /ping HTTP/1.1")
+    for data in (anonymous, anonymous * 2, b"\r\n" + PING[:9], PING[:50]):
         with Client(engine.port, data) as client:
             status, fields, body = client.answer()
             assert status == 503 and fields["connection"] == "close" and fields["retry-after"]
