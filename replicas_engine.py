@@ -1789,19 +1789,20 @@ HOW_TO_INSTALL = ("install it with `npm install -g @openai/codex`, "
 
 
 class Codex:
-    """A Codex CLI: `program` to run, and a folder for its PATH, or None."""
+    """A Codex CLI: the `program` to run, and the folder of programs that it wants on its PATH, or
+    None."""
 
-    def __init__(self, program, path=None):
+    def __init__(self, program, path_folder=None):
         self.program = program
-        self.path = path
+        self.path_folder = path_folder
 
 
-def _is_program(path):
+def is_program(path):
     return os.path.isfile(path) and os.access(path, os.X_OK)
 
 
 def native_codex(program):
-    """The native binary behind npm's wrapper script `program` (a real path), or None.
+    """The Codex behind npm's wrapper script `program` (a real path), or None.
 
     The wrapper is a Node script that costs 44 MB a turn and, killed, orphans the real process.
     Up to 0.98 the binary lies in the package itself, later in an optional dependency.
@@ -1815,10 +1816,10 @@ def native_codex(program):
         vendors.append(os.path.join(folder, "node_modules", "@openai", dependency, "vendor"))
         folder = os.path.dirname(folder)
     for vendor in vendors:
-        for binary, path in (("bin/codex", "codex-path"), ("codex/codex", "path")):
+        for binary, programs in (("bin/codex", "codex-path"), ("codex/codex", "path")):
             native = os.path.join(vendor, triple, binary)
-            if _is_program(native):
-                return Codex(native, os.path.join(vendor, triple, path))
+            if is_program(native):
+                return Codex(native, os.path.join(vendor, triple, programs))
     return None
 
 
@@ -1836,8 +1837,8 @@ def codex_environment(settings, codex, mark):
     env["CODEX_HOME"] = settings.codex_home
     env["HOME"] = settings.home
     env[MARK] = mark
-    if codex.path:
-        env["PATH"] = codex.path + os.pathsep + (env.get("PATH") or os.defpath)
+    if codex.path_folder:
+        env["PATH"] = codex.path_folder + os.pathsep + (env.get("PATH") or os.defpath)
     return env
 
 
@@ -1859,20 +1860,21 @@ def codex_arguments(settings, codex, options, thread_id):
 
 
 class CodexFinder:
-    """Finds the Codex CLI anew whenever it is asked, and remembers versions by the file."""
+    """Finds the Codex CLI anew whenever it is asked, since it may be installed or updated while the
+    engine runs, and remembers the version of the last one."""
 
     def __init__(self, settings):
         self.settings = settings
-        self._version = (None, None)        # of which file, and what it said
+        self._version = (None, None)        # which file it is of, and what that said
 
     def find(self):
         """The Codex to run.  Raises HTTPError 503 with what to do."""
         chosen = self.settings.codex_path
-        if chosen and not _is_program(chosen):
+        if chosen and not is_program(chosen):
             raise unavailable("Codex CLI not found",
                               "CODEX_PATH=%s is not an executable file" % chosen)
         program = chosen or shutil.which("codex", path=self.settings.env.get("PATH", os.defpath))
-        program = program or next(filter(_is_program, self._global_places()), None)
+        program = program or next(filter(is_program, self._global_places()), None)
         if program is None:
             raise unavailable("Codex CLI not found", HOW_TO_INSTALL)
         return native_codex(os.path.realpath(program)) or Codex(os.path.abspath(program))
@@ -1891,8 +1893,8 @@ class CodexFinder:
     def version(self, codex):
         """What `codex --version` says, such as "0.169.0", or None if it doesn't."""
         try:
-            status = os.stat(codex.program)
-            identity = (codex.program, status.st_ino, status.st_size, status.st_mtime_ns)
+            file = os.stat(codex.program)
+            identity = (codex.program, file.st_ino, file.st_size, file.st_mtime_ns)
             if self._version[0] != identity:    # None is remembered too: it may have cost seconds
                 self._version = (identity, self._ask_version(codex))
             return self._version[1]
@@ -1915,8 +1917,8 @@ class CodexFinder:
 # ---------------------------------------------------------------------------------------------
 # Turn options
 # ---------------------------------------------------------------------------------------------
-# What POST /codex/send takes beside the message.  A check gets the value and the settings and
-# returns what goes to Codex, or raises ValueError with what is wrong with the value.
+# What POST /codex/send takes beside the message: TURN_OPTIONS, below.  A check gets the value and
+# the settings and returns what goes to Codex, or raises ValueError with what is wrong with it.
 
 # What Codex 0.50 can't do: of 60 turns with an image, in every form of the command line, 48 hung.
 FIRST_WITH_IMAGES = FIRST_WITH_ALL_EFFORTS = (0, 98)
@@ -1927,7 +1929,7 @@ IMAGE_TYPES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"),
 
 
 class TurnFile:
-    """Something that Codex takes as a file only: it is there while its turn runs."""
+    """Something that Codex takes only as a file, which is there while its turn runs."""
 
     def __init__(self, name, data):
         self.name = name
@@ -1935,6 +1937,7 @@ class TurnFile:
 
 
 def _write_turn_file(word, folder):
+    """A word of the command line: a TurnFile becomes its path in `folder`."""
     if not isinstance(word, TurnFile):
         return word
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -1954,11 +1957,11 @@ def _name(value, settings):
 
 
 def _one_of(*values):
-    def check(value, settings):
+    def accept(value, settings):
         if value not in values or not isinstance(value, str):
             raise ValueError("must be one of %s" % ", ".join(values))
         return value
-    return check
+    return accept
 
 
 def _boolean(value, settings):
@@ -1990,16 +1993,29 @@ def _image_of_url(url, settings):
 
 def _image_of_path(path, settings):
     if "\0" in path or not 1 <= len(path) <= 4096:      # PATH_MAX, <linux/limits.h>
-        raise ValueError("is no path")
+        raise ValueError("is not a path")
     workspace = os.path.realpath(settings.workspace)
     real = os.path.realpath(os.path.join(workspace, path))
     if os.path.commonpath((workspace, real)) != workspace:
         raise ValueError("lies outside the workspace")
-    with open(real, "rb",
-              opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("is not a regular file")
-        return file.read(settings.max_body + 1)
+    try:
+        with open_regular(real) as file:
+            return file.read(settings.max_body + 1)
+    except ValueError:
+        raise ValueError("is not a regular file") from None
+
+
+def _image(image, settings):
+    """The bytes of an image that is given by path or URL, and the type that they say it has."""
+    try:
+        read = _image_of_url if image[:5].lower() == "data:" else _image_of_path
+        data = read(image, settings)
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    for pattern, kind in IMAGE_TYPES:
+        if re.match(pattern, data, re.DOTALL):
+            return data, kind
+    raise ValueError("is not a PNG, JPEG, GIF or WebP image")
 
 
 def _images(value, settings):
@@ -2009,21 +2025,15 @@ def _images(value, settings):
         raise ValueError("must be at most %d" % MAX_IMAGES)
     if value and "," in settings.state:         # where Codex would split the files' names, silently
         raise ValueError("need a state directory without a comma: see REPLICAS_ENGINE_STATE")
-    files, room = [], settings.max_body
+    files, room = [], settings.max_body         # bytes that they may still have together
     for number, image in enumerate(value, 1):
         try:
-            read = _image_of_url if image[:5].lower() == "data:" else _image_of_path
-            data = read(image, settings)
+            data, kind = _image(image, settings)
             room -= len(data)
             if room < 0:
                 raise ValueError("makes more than %d bytes" % settings.max_body)
-            kind = next((kind for pattern, kind in IMAGE_TYPES
-                         if re.match(pattern, data, re.DOTALL)), None)
-            if kind is None:
-                raise ValueError("is no PNG, JPEG, GIF or WebP image")
-        except (ValueError, OSError) as error:
-            problem = getattr(error, "strerror", None) or error
-            raise ValueError("number %d: %s" % (number, problem)) from None
+        except ValueError as error:
+            raise ValueError("number %d: %s" % (number, error)) from None
         files.append(TurnFile("image-%d.%s" % (number, kind), data))
     return files
 
