@@ -96,15 +96,15 @@ READ_SIZE = 256 * 1024                     # bytes read at once from a pipe or a
 BLOCK_SIZE = 64 * 1024                     # bytes of a rollout that are read at once
 
 
-def timestamp(seconds=None):
-    """`seconds` since 1970 (default: now) in ISO 8601, UTC, with milliseconds and Z."""
-    return _timestamp(int((time.time() if seconds is None else seconds) * 1000))
-
-
 @functools.lru_cache(maxsize=8)             # without it: 10 % fewer requests at 16 connections
-def _timestamp(milliseconds):
+def timestamp_of(milliseconds):
     return "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000)),
                          milliseconds % 1000)
+
+
+def timestamp(seconds=None):
+    """`seconds` since 1970 (default: now) in ISO 8601, UTC, with milliseconds and Z."""
+    return timestamp_of(int((time.time() if seconds is None else seconds) * 1000))
 
 
 def readable(fd):
@@ -199,18 +199,16 @@ def find_last(read, needle, end):
     return -1
 
 
-def _rfind(file, needle, end):
-    """Where `needle` stands last before `end` in the seekable `file`, or -1."""
-    window = b""
-    while end > 0:
-        begin = max(0, end - 64 * 1024)
-        file.seek(begin)
-        window = file.read(end - begin) + window[:len(needle) - 1]
-        found = window.rfind(needle)
-        if found >= 0:
-            return begin + found
-        end = begin
-    return -1
+def joined(pieces):
+    """The bytes of the iterable `pieces` in fewer ones, of a block at least."""
+    gathered, size = [], 0
+    for piece in pieces:
+        gathered.append(piece)
+        size += len(piece)
+        if size >= BLOCK_SIZE:
+            yield b"".join(gathered)
+            gathered, size = [], 0
+    yield b"".join(gathered)
 
 
 def check_utf8(data):
@@ -227,13 +225,97 @@ def _refuse_constant(name):
 
 def _integer(digits):
     """An int; None for one of more than 300 digits, since Python 3.11 and newer refuse to read some
-    of those, and nobody means them."""
+    of those, and no client means them."""
     return int(digits) if len(digits) <= 300 else None
 
 
 json_value = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer)
 # For what is passed on as text, and only looked into: there a float is as good and read faster.
 json_text = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
+
+
+class JSONChecker:
+    """Whether bytes that come block by block are a JSON text (RFC 8259).
+
+    It takes the memory of a few blocks, where json.JSONDecoder takes up to 20 times the text's.
+    """
+
+    MAX_NESTING = 1000                      # brackets within brackets; RFC 8259, 9 allows a limit
+    MAX_REST = len("-10.10e+10")            # bytes of what `_shortened` leaves, at most
+    STRING_BEGIN = (rb'"[^"\\\x00-\x1f]*'
+                    rb'(?:\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4})[^"\\\x00-\x1f]*)*')
+    PART_OF_STRING = re.compile(STRING_BEGIN)
+    STRING = re.compile(STRING_BEGIN + b'"')
+    UP_TO_PART_OF_STRING = re.compile(rb'(?:[^"]+|' + STRING_BEGIN + b'")*')
+    SCALAR = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
+    SCALAR_BYTES = b"-+.0123456789aeflnrstuE"
+    ELEMENTS = re.compile(rb'(?<=[\[,])["0](?:,["0])+')
+    MEMBERS = re.compile(rb'(?<=[{,])":["0](?:,":["0])+')
+    CONTAINER = re.compile(rb'\[["0]?\]|\{(?:":["0])?\}')
+    VALUE = b'0"[{'                         # how a value begins
+
+    def __init__(self):
+        self.utf8 = codecs.getincrementaldecoder("utf-8")()
+        self.rest = b""                     # the beginning of a string or scalar, shortened
+        self.nesting = b""                  # the brackets that are open, the innermost last
+        self.expected = self.VALUE          # what may come next
+
+    def feed(self, block):
+        """Raises ValueError at what can't be JSON, however it goes on."""
+        self.utf8.decode(block)
+        data = self.rest + block
+        whole = self.UP_TO_PART_OF_STRING.match(data).end()
+        if whole == len(data):
+            whole = len(data.rstrip(self.SCALAR_BYTES))
+        self.rest = self._shortened(data[whole:])
+        for token in self._outline(data[:whole]):
+            self._accept(token)
+
+    def is_complete(self):
+        """Whether the text may end here.  Raises ValueError as `feed` does."""
+        self.feed(b" ")                     # which ends a number
+        return not self.rest and not self.expected
+
+    def _shortened(self, rest):
+        """A string or scalar without its end, and without what doesn't matter for its validity."""
+        if rest.startswith(b'"'):
+            rest = b'"' + rest[self.PART_OF_STRING.match(rest).end():]
+        else:
+            rest = re.sub(rb"([0-9]{2})[0-9]+", rb"\1", rest)
+        if len(rest) > self.MAX_REST:
+            raise ValueError("neither a string nor a number, true, false or null")
+        return rest
+
+    def _outline(self, data):
+        """What matters of whole tokens: `"` for every string, 0 for every other scalar, and for
+        several values in a row and a container that holds none as well, as long as that pays."""
+        data = self.SCALAR.sub(b"0", self.STRING.sub(b'"', data)).translate(None, b" \t\r")
+        size = 2 * len(data)
+        while data and len(data) <= 0.8 * size:
+            size = len(data)
+            data = self.MEMBERS.sub(b'":0', self.ELEMENTS.sub(b"0", data))
+            data = self.CONTAINER.sub(b"0", data)
+        return map(bytes, zip(data))
+
+    def _accept(self, token):
+        """Check that the token may stand here, and note what may follow it."""
+        if token not in self.expected or len(self.nesting) > self.MAX_NESTING:
+            raise ValueError("%r where it can't stand" % token)
+        is_key = token == b'"' and self.VALUE not in self.expected
+        if token in b"[{":
+            self.nesting += token
+            self.expected = b"]" + self.VALUE if token == b"[" else b'"}'
+        elif token == b",":
+            self.expected = self.VALUE if self.nesting.endswith(b"[") else b'"'
+        elif token == b":":
+            self.expected = self.VALUE
+        elif is_key:
+            self.expected = b":"
+        else:
+            if token in b"]}":
+                self.nesting = self.nesting[:-1]
+            self.expected = {b"": b"", b"[": b",]", b"{": b",}"}[self.nesting[-1:]]
+
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -516,21 +598,6 @@ def json_response(value, status=200, headers=()):
                                      ("Content-Length", str(len(body))), *headers])
 
 
-class ClosingIterator:
-    """An iterator with what must be closed after it, also when it was never started."""
-
-    def __init__(self, iterator, *closers):
-        self.iterator = iterator
-        self.closers = closers
-
-    def __iter__(self):
-        return self.iterator
-
-    def close(self):
-        for close in self.closers:
-            close()
-
-
 class HTTPError(Exception):
     """An answer that isn't what the client wanted: `{"error": error, "details": details, ...}`."""
 
@@ -611,10 +678,12 @@ class Request:
         return body
 
 
-def _whole_number(name, text, least=0):
+def whole_number(query, name, least=0):
+    """The parameter `name` of a query as an int, or None if it isn't there."""
+    text = query.get(name, str(least))
     if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
         raise bad_parameter(name, "must be a whole number from %d up" % least)
-    return int(text)
+    return int(text) if name in query else None
 
 
 def prefers_async(request):
@@ -1400,20 +1469,20 @@ class TurnProcesses:
 # ---------------------------------------------------------------------------------------------
 # Codex keeps a thread in $CODEX_HOME/sessions/YYYY/MM/DD/rollout-<local time>-<thread id>.jsonl,
 # or later in archived_sessions/, and may compress it to ….jsonl.zst (Codex 0.169).
+#
+# A rollout may have any size, and so may each of its lines; the engine's memory holds one block.
+# A line that fits into it is parsed by the standard library, a longer one by JSONChecker.
 
-BOM = "\xef\xbb\xbf"                       # the byte order mark in UTF-8, as Latin-1
-
-
-def _existing(plain):
-    """The path of that rollout, compressed or not, or None."""
+def existing_rollout(plain):
+    """The path of the rollout `plain`, or that of its compressed form, or None."""
     return next(filter(os.path.isfile, (plain, plain + ".zst")), None)
 
 
-def _likely_days(thread_id):
+def likely_days(thread_id):
     """The folders of the day on which the thread began, and of its neighbours.
 
-    A UUIDv7 begins with its creation time in ms (RFC 9562, 5.7).  The folder is named in the
-    local time of whoever created it, which is at most a day off UTC.
+    A UUIDv7 begins with its creation time in ms (RFC 9562, 5.7).  Codex names the folder in its
+    local time, which is at most a day off UTC.
     """
     match = re.match(r"([0-9a-f]{8})-([0-9a-f]{4})-7", thread_id, re.IGNORECASE)
     if not match:
@@ -1423,65 +1492,18 @@ def _likely_days(thread_id):
     return ["%04d/%02d/%02d" % day[:3] for day in days]
 
 
-class Rollouts:
-    """Finds the threads' rollout files under `codex_home`, and finds them again when moved."""
-
-    def __init__(self, codex_home):
-        self.sessions = os.path.join(codex_home, "sessions")
-        self.archive = os.path.join(codex_home, "archived_sessions")
-        self._found = (None, None)              # (thread id, path without .zst) of the last one
-
-    def find(self, thread_id):
-        """The path of the thread's rollout, or None."""
-        found_id, plain = self._found
-        return (found_id == thread_id and _existing(plain)) or self._search(thread_id)
-
-    def _search(self, thread_id):
-        name = re.compile(r"(rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl)(?:\.zst)?"
-                          % re.escape(thread_id))
-        for folder in self._folders(thread_id):
-            for entry in list_folder(folder):
-                match = thread_id in entry and name.fullmatch(entry)    # the first test is cheap
-                plain = match and os.path.join(folder, match.group(1))
-                if plain and _existing(plain):
-                    self._found = (thread_id, plain)
-                    return _existing(plain)
-        return None
-
-    def _folders(self, thread_id):
-        """Every folder in which the rollout may be, the likely ones first."""
-        likely = [os.path.join(self.sessions, day) for day in _likely_days(thread_id)]
-        yield from likely
-        yield self.archive
-        for year in sorted(list_folder(self.sessions), reverse=True):
-            for month in sorted(list_folder(os.path.join(self.sessions, year)), reverse=True):
-                base = os.path.join(self.sessions, year, month)
-                for day in sorted(list_folder(base), reverse=True):
-                    yield os.path.join(base, day)
-
-
-def _check_utf8(text):
-    """Raise UnicodeDecodeError unless the bytes of `text` are UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for begin in range(0, len(text), BLOCK_SIZE):
-        decoder.decode(text[begin:begin + BLOCK_SIZE].encode("latin-1"))
-    decoder.decode(b"", final=True)
-
-
 def json_line(line):
-    """A line's JSON text (RFC 8259) without the CR of a CRLF, a byte order mark and blanks around
-    it, or None if that is no JSON; a blank line is none."""
-    text = (line[3:] if line.startswith(BOM) else line).strip(" \t\r")
+    """The JSON text (RFC 8259) of a line, or None if the line isn't JSON: without the CR of a
+    CRLF, a byte order mark and blanks around it."""
+    text = (line[3:] if line.startswith(codecs.BOM_UTF8) else line).strip(b" \t\r")
     try:
-        if not text.isascii():
-            _check_utf8(text)
-        end = json_text.raw_decode(text)[1]
+        json_text.decode(text.decode())
     except (ValueError, RecursionError):
         return None
-    return text if end == len(text) else None
+    return text
 
 
-def _decompress(path, packed, file):
+def decompress(path, packed, file):
     """Write the text of the open file `packed`, which is the one at `path`, into `file`."""
     try:
         from compression import zstd                        # Python 3.14 and newer
@@ -1497,176 +1519,253 @@ def _decompress(path, packed, file):
         raise HTTPError(500, "The rollout is compressed",
                         "%s: install the program zstd (apt-get install zstd) to read it" % path)
     # No variable but the mark: the agent may look into its environment, and gets no secret there.
-    status = start_process([program, "-dcq"], stdin=packed, stdout=file,
-                           stderr=subprocess.DEVNULL, env={MARK: "engine"}).wait()
-    if status:
-        raise OSError(errno.EIO, "zstd can't decompress it: exit status %d" % status, path)
+    exit_status = start_process([program, "-dcq"], stdin=packed, stdout=file,
+                                stderr=subprocess.DEVNULL, env={MARK: "engine"}).wait()
+    if exit_status:
+        raise OSError(errno.EIO, "zstd can't decompress it: exit status %d" % exit_status, path)
 
 
 class RolloutReader:
-    """The lines of one rollout, read from any place on, in memory that grows with a line only.
+    """The lines of one rollout, read from any place on.
 
-    A line is a str that has a character for each byte (Latin-1): JSON's own characters are ASCII,
-    and so the JSON parser takes no more memory for a line in UTF-8 than the line has bytes.
-    Places are offsets in bytes in the uncompressed text, which reached as far as `end` when it was
-    opened; `status` is the os.stat_result of the file at `path`.  Raises OSError.
+    Places are offsets in bytes in the uncompressed text.  `end` is where its whole lines end: a
+    last line without LF is still being written, and left out.  All methods raise OSError.
     """
 
     def __init__(self, path):
         self.path = path
-        self.file = open(path, "rb", buffering=0)
-        self.status = os.fstat(self.file.fileno())
-        self.position = 0
-        self.end = self.status.st_size
+        self.file = open_regular(path, buffering=0)
+        self.stat = os.fstat(self.file.fileno())
+        self.end = 0
 
-    def close(self):
-        self.file.close()
-
-    def decompress(self):
-        """Go on with the text of a compressed one, before anything is read of it.
-
-        It goes into a file without a name in the same folder: so any place of it can be gone to,
-        it need not fit into memory, and it is known to be whole before it is sent.
-        """
+    def unpack(self):
+        """Make the text ready to be read.  A compressed one goes into a file without a name in the
+        same folder: so it need not fit into memory, and is known to be whole before it is sent."""
         if self.path.endswith(".zst"):
             import tempfile                 # seldom needed, and not cheap
             with self.file as packed:
                 self.file = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
-                _decompress(self.path, packed, self.file)
-            self.end = os.fstat(self.file.fileno()).st_size
+                decompress(self.path, packed, self.file)
+        self.end = os.fstat(self.file.fileno()).st_size
+        self.end = find_last(self.read, b"\n", self.end) + 1
 
-    def seek(self, offset):
-        """Go to `offset`; False if no line begins there."""
-        self.position = offset
-        return offset == 0 or (offset <= self.end and self._text(offset - 1, 1) == "\n")
+    def read(self, offset, size):
+        """The `size` bytes at `offset`, or what is left of them before `end`."""
+        size = min(size, self.end - offset)
+        data = os.pread(self.file.fileno(), size, offset)
+        if len(data) < size:
+            raise OSError(errno.EIO, "it became shorter while it was read", self.path)
+        return data
 
-    def _text(self, begin, size):
-        size = min(size, self.end - begin)
-        return os.pread(self.file.fileno(), size, begin).decode("latin-1")
+    def is_line(self, offset):
+        """Whether a line begins, or the last one ends, at `offset`."""
+        return offset == 0 or offset <= self.end and self.read(offset - 1, 1) == b"\n"
 
-    def blocks(self):
-        """Lists of whole lines, without their LF, from here on; one longer than a block is alone.
-        A last line that has no LF yet is still being written and left out."""
+    def last_lines(self, count):
+        """Where the last `count` lines of JSON begin."""
+        end = self.end
+        while count and end:
+            begin = find_last(self.read, b"\n", max(0, end - BLOCK_SIZE)) + 1
+            places = [place for place, _ in self.json_lines(begin, end)]
+            if len(places) >= count:
+                return places[-count]
+            count -= len(places)
+            end = begin
+        return end
+
+    def json_lines(self, begin, end):
+        """Where it begins, and its JSON text in pieces, of each line that is JSON; `begin` and
+        `end` are places where lines do."""
+        while begin < end:
+            data = self.read(begin, min(BLOCK_SIZE, end - begin))
+            size = data.rfind(b"\n") + 1
+            if not size:
+                line_end = find_first(self.read, b"\n", begin + len(data))
+                if self._is_json(begin, line_end):
+                    yield begin, self._blocks(begin, line_end)
+                begin = line_end + 1
+                continue
+            for line in data[:size - 1].split(b"\n"):
+                text = json_line(line)
+                if text is not None:
+                    yield begin, (text,)
+                begin += len(line) + 1
+
+    def _is_json(self, begin, end):
+        checker = JSONChecker()
+        try:
+            for block in self._blocks(begin, end):
+                checker.feed(block)
+            return checker.is_complete()
+        except ValueError:
+            return False
+
+    def _blocks(self, begin, end):
+        """A line that is longer than a block, without the CR of a CRLF and a byte order mark."""
+        if self.read(begin, 3) == codecs.BOM_UTF8:
+            begin += 3
+        if self.read(end - 1, 1) == b"\r":
+            end -= 1
+        for offset in range(begin, end, BLOCK_SIZE):
+            yield self.read(offset, min(BLOCK_SIZE, end - offset))
+
+    def close(self):
+        self.file.close()
+
+
+class Rollouts:
+    """Finds the threads' rollout files under `codex_home`, and finds them again when moved."""
+
+    def __init__(self, codex_home):
+        self.sessions = os.path.join(codex_home, "sessions")
+        self.archive = os.path.join(codex_home, "archived_sessions")
+        self._found = (None, None)              # (thread id, path without .zst) of the last one
+
+    def open(self, thread_id):
+        """A RolloutReader of the thread's rollout, or None if there is no file.  Raises OSError."""
         while True:
-            text = self._text(self.position, BLOCK_SIZE)
-            size = text.rfind("\n")
-            if size < 0:
-                size = self._line_size()
-                if size is None:
-                    return
-                yield [self._text(self.position, size)]     # read at once: memory in one piece
-            else:
-                yield text[:size].split("\n")
-            self.position += size + 1
+            path = self.find(thread_id)
+            with contextlib.suppress(FileNotFoundError, ValueError):    # moved this moment
+                return path and RolloutReader(path)
 
-    def _line_size(self):
-        """The size of the line that begins here, or None if it has no LF yet."""
-        for begin in range(self.position, self.end, BLOCK_SIZE):
-            found = self._text(begin, BLOCK_SIZE).find("\n")
-            if found >= 0:
-                return begin + found - self.position
+    def find(self, thread_id):
+        """The path of the thread's rollout, or None."""
+        found_id, plain = self._found
+        return (found_id == thread_id and existing_rollout(plain)) or self._search(thread_id)
+
+    def _search(self, thread_id):
+        name = re.compile(r"(rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl)(?:\.zst)?"
+                          % re.escape(thread_id))
+        for folder in self._folders(thread_id):
+            for entry in list_folder(folder):
+                match = thread_id in entry and name.fullmatch(entry)    # the first test is cheap
+                plain = match and os.path.join(folder, match.group(1))
+                if plain and existing_rollout(plain):
+                    self._found = (thread_id, plain)
+                    return existing_rollout(plain)
         return None
 
-    def tail(self, count):
-        """Where the last `count` lines of JSON begin."""
-        done = _rfind(self.file, b"\n", self.end) + 1       # lines from `done` on are seen
-        while count and done:
-            begin = max(0, done - BLOCK_SIZE)
-            lines = self._text(begin, done - 1 - begin).split("\n")
-            if begin and len(lines) > 1:
-                del lines[0]                                # perhaps only the end of one
-            elif begin:
-                begin = _rfind(self.file, b"\n", begin) + 1
-                lines = [self._text(begin, done - 1 - begin)]
-            for line in reversed(lines):
-                done -= len(line) + 1
-                count -= json_line(line) is not None
-                if not count:
-                    break
-        return done
+    def _folders(self, thread_id):
+        """Every folder in which the rollout may be, the likely ones first."""
+        for day in likely_days(thread_id):
+            yield os.path.join(self.sessions, day)
+        yield self.archive
+        for year in sorted(list_folder(self.sessions), reverse=True):
+            for month in sorted(list_folder(os.path.join(self.sessions, year)), reverse=True):
+                days = os.path.join(self.sessions, year, month)
+                for day in sorted(list_folder(days), reverse=True):
+                    yield os.path.join(days, day)
 
 
 class HistoryPage:
-    """A WSGI body's iterator: the answer of `GET /codex/history` in pieces.
+    """A WSGI body: the answer of `GET /codex/history`, from the line at `begin` on.
 
-    `limit` is the largest number of lines, or None.
+    `limit` is the largest number of lines, or None; `coding` is called with the body's pieces.
     """
 
-    def __init__(self, thread_id, reader, limit):
+    def __init__(self, thread_id, reader, begin, limit, coding=iter):
         self.thread_id = thread_id
         self.reader = reader
+        self.begin = begin
         self.limit = limit
+        self.coding = coding
 
     def __iter__(self):
+        return self.coding(joined(self._pieces()))
+
+    def _pieces(self):
         yield b'{"thread_id":%b,"events":[' % json_bytes(self.thread_id)
-        position, left, more, before = self.reader.position, self.limit, False, b""
-        for lines in self.reader.blocks():
-            page, used, more = self._page(lines, left)
-            position += used
-            if left is not None:
-                left -= len(page)
-            if page:
-                text = ",".join(page)       # of one line that is no copy
-                for begin in range(0, len(text), BLOCK_SIZE):
-                    yield before + text[begin:begin + BLOCK_SIZE].encode("latin-1")
-                    before = b""
-                before = b","
-            if more:
+        end = {"cursor": "%s.%d" % (self.thread_id, self.reader.end)}
+        lines = self.reader.json_lines(self.begin, self.reader.end)
+        for count, (place, pieces) in enumerate(lines):
+            if count == self.limit:
+                end = {"cursor": "%s.%d" % (self.thread_id, place), "has_more": True}
                 break
-        tail = {"cursor": "%s.%d" % (self.thread_id, position)}
-        if more:
-            tail["has_more"] = True
-        yield b"]," + json_bytes(tail)[1:]
+            if count:
+                yield b","
+            yield from pieces
+        yield b"]," + json_bytes(end)[1:]
+
+    def close(self):
+        self.reader.close()
+
+
+def cursor_is_gone(why):
+    return HTTPError(410, "Cursor is gone", "after %s: read the history from its beginning" % why)
+
+
+class HistoryQuery:
+    """The parameters of `GET /codex/history`: `tail` and `limit`, numbers of lines or None, and
+    `offset`, the place that `after` names.  Raises HTTPError 400 or 410."""
+
+    def __init__(self, query, thread_id):
+        self.tail = whole_number(query, "tail")
+        self.limit = whole_number(query, "limit", least=1)
+        if self.tail is not None and "after" in query:
+            raise bad_parameter("tail", "and after exclude each other")
+        self.offset = self._offset(query["after"], thread_id) if "after" in query else 0
 
     @staticmethod
-    def _page(lines, left):
-        """The lines of JSON among `lines`, `left` at most (None: all); the bytes that they and
-        what lies between them take; whether there are more of them."""
-        page, used = [], 0
-        for line in lines:
-            text = json_line(line)
-            if text is not None:
-                if len(page) == left:
-                    return page, used, True
-                page.append(text)
-            used += len(line) + 1
-        return page, used, False
+    def _offset(cursor, thread_id):
+        match = re.fullmatch(r"([0-9A-Za-z_-]{1,128})\.([0-9]{1,15})", cursor)
+        if not match:
+            raise bad_parameter("after", "must be a cursor that GET /codex/history gave")
+        if match.group(1) != thread_id:
+            raise cursor_is_gone("is of another thread")
+        return int(match.group(2))
 
 
-def _gone_cursor(problem):
-    return HTTPError(410, "Cursor is gone", "after %s: read the history from its beginning"
-                     % problem)
-
-
-def _cursor(text, thread_id):
-    """The offset in a cursor of the thread's history."""
-    match = re.fullmatch(r"([0-9A-Za-z_-]{1,128})\.([0-9]{1,15})", text)
-    if not match:
-        raise bad_parameter("after", "must be a cursor that GET /codex/history gave")
-    if match.group(1) != thread_id:
-        raise _gone_cursor("is of another thread")
-    return int(match.group(2))
-
-
-def _unreadable(path, error):
-    return HTTPError(500, "The rollout can't be read", "%s: %s" % (path, error.strerror))
-
-
-def _entity_tag(reader, request):
+def entity_tag(reader, request):
     """A weak validator (RFC 9110, 8.8.1), since what is sent may be compressed."""
-    status = reader.status
     query = request.environ.get("QUERY_STRING", "")
-    identity = "%s %s %d %d %d" % (reader.path, query, status.st_ino, status.st_size,
-                                   status.st_mtime_ns)
+    identity = "%s %s %d %d %d" % (reader.path, query, reader.stat.st_ino, reader.stat.st_size,
+                                   reader.stat.st_mtime_ns)
     return 'W/"%s"' % hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _matches(condition, tag):
+def matches(condition, tag):
     """RFC 9110, 13.1.2: whether If-None-Match names the entity tag, compared weakly."""
     if condition is None:
         return False
     tags = re.findall(r'(?:W/)?("[^"]*")', condition)
     return condition.strip() == "*" or tag[len("W/"):] in tags
+
+
+def open_history(request, reader, thread_id, wanted):
+    """The answer from an open rollout, which it closes unless its text is still to be sent."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(reader.close)
+        headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding"),
+                   ("ETag", entity_tag(reader, request))]
+        if matches(request.header("If-None-Match"), headers[-1][1]):
+            return Response([], 304, headers[1:])
+        reader.unpack()
+        begin = wanted.offset if wanted.tail is None else reader.last_lines(wanted.tail)
+        if not reader.is_line(begin):
+            raise cursor_is_gone("is not a place in this thread's history")
+        coding = iter
+        if accepts_gzip(request):
+            headers.append(("Content-Encoding", "gzip"))
+            coding = compress
+        stack.pop_all()
+        return Response(HistoryPage(thread_id, reader, begin, wanted.limit, coding), 200, headers)
+
+
+def history_response(request, rollouts, thread_id):
+    """The answer to `GET /codex/history` while `thread_id` is the current thread, or None."""
+    wanted = HistoryQuery(request.query(), thread_id)
+    if thread_id is None:
+        return json_response({"message": "No active thread", "thread_id": None, "events": []})
+    try:
+        reader = rollouts.open(thread_id)
+        if reader:
+            return open_history(request, reader, thread_id, wanted)
+    except OSError as error:
+        raise HTTPError(500, "The rollout can't be read", "%s: %s" % (
+            error.filename or rollouts.find(thread_id), error.strerror)) from None
+    if wanted.offset:
+        raise cursor_is_gone("is beyond the end")
+    return json_response({"thread_id": thread_id, "events": [], "cursor": "%s.0" % thread_id})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1700,19 +1799,20 @@ HOW_TO_INSTALL = ("install it with `npm install -g @openai/codex`, "
 
 
 class Codex:
-    """A Codex CLI: `program` to run, and a folder for its PATH, or None."""
+    """A Codex CLI: the `program` to run, and the folder of programs that it wants on its PATH, or
+    None."""
 
-    def __init__(self, program, path=None):
+    def __init__(self, program, path_folder=None):
         self.program = program
-        self.path = path
+        self.path_folder = path_folder
 
 
-def _is_program(path):
+def is_program(path):
     return os.path.isfile(path) and os.access(path, os.X_OK)
 
 
 def native_codex(program):
-    """The native binary behind npm's wrapper script `program` (a real path), or None.
+    """The Codex behind npm's wrapper script `program` (a real path), or None.
 
     The wrapper is a Node script that costs 44 MB a turn and, killed, orphans the real process.
     Up to 0.98 the binary lies in the package itself, later in an optional dependency.
@@ -1726,10 +1826,10 @@ def native_codex(program):
         vendors.append(os.path.join(folder, "node_modules", "@openai", dependency, "vendor"))
         folder = os.path.dirname(folder)
     for vendor in vendors:
-        for binary, path in (("bin/codex", "codex-path"), ("codex/codex", "path")):
+        for binary, programs in (("bin/codex", "codex-path"), ("codex/codex", "path")):
             native = os.path.join(vendor, triple, binary)
-            if _is_program(native):
-                return Codex(native, os.path.join(vendor, triple, path))
+            if is_program(native):
+                return Codex(native, os.path.join(vendor, triple, programs))
     return None
 
 
@@ -1747,8 +1847,8 @@ def codex_environment(settings, codex, mark):
     env["CODEX_HOME"] = settings.codex_home
     env["HOME"] = settings.home
     env[MARK] = mark
-    if codex.path:
-        env["PATH"] = codex.path + os.pathsep + (env.get("PATH") or os.defpath)
+    if codex.path_folder:
+        env["PATH"] = codex.path_folder + os.pathsep + (env.get("PATH") or os.defpath)
     return env
 
 
@@ -1770,20 +1870,21 @@ def codex_arguments(settings, codex, options, thread_id):
 
 
 class CodexFinder:
-    """Finds the Codex CLI anew whenever it is asked, and remembers versions by the file."""
+    """Finds the Codex CLI anew whenever it is asked, since it may be installed or updated while the
+    engine runs, and remembers the version of the last one."""
 
     def __init__(self, settings):
         self.settings = settings
-        self._version = (None, None)        # of which file, and what it said
+        self._version = (None, None)        # which file it is of, and what that said
 
     def find(self):
         """The Codex to run.  Raises HTTPError 503 with what to do."""
         chosen = self.settings.codex_path
-        if chosen and not _is_program(chosen):
+        if chosen and not is_program(chosen):
             raise unavailable("Codex CLI not found",
                               "CODEX_PATH=%s is not an executable file" % chosen)
         program = chosen or shutil.which("codex", path=self.settings.env.get("PATH", os.defpath))
-        program = program or next(filter(_is_program, self._global_places()), None)
+        program = program or next(filter(is_program, self._global_places()), None)
         if program is None:
             raise unavailable("Codex CLI not found", HOW_TO_INSTALL)
         return native_codex(os.path.realpath(program)) or Codex(os.path.abspath(program))
@@ -1802,8 +1903,8 @@ class CodexFinder:
     def version(self, codex):
         """What `codex --version` says, such as "0.169.0", or None if it doesn't."""
         try:
-            status = os.stat(codex.program)
-            identity = (codex.program, status.st_ino, status.st_size, status.st_mtime_ns)
+            file = os.stat(codex.program)
+            identity = (codex.program, file.st_ino, file.st_size, file.st_mtime_ns)
             if self._version[0] != identity:    # None is remembered too: it may have cost seconds
                 self._version = (identity, self._ask_version(codex))
             return self._version[1]
@@ -1826,8 +1927,8 @@ class CodexFinder:
 # ---------------------------------------------------------------------------------------------
 # Turn options
 # ---------------------------------------------------------------------------------------------
-# What POST /codex/send takes beside the message.  A check gets the value and the settings and
-# returns what goes to Codex, or raises ValueError with what is wrong with the value.
+# What POST /codex/send takes beside the message: TURN_OPTIONS, below.  A check gets the value and
+# the settings and returns what goes to Codex, or raises ValueError with what is wrong with it.
 
 # What Codex 0.50 can't do: of 60 turns with an image, in every form of the command line, 48 hung.
 FIRST_WITH_IMAGES = FIRST_WITH_ALL_EFFORTS = (0, 98)
@@ -1838,7 +1939,7 @@ IMAGE_TYPES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"),
 
 
 class TurnFile:
-    """Something that Codex takes as a file only: it is there while its turn runs."""
+    """Something that Codex takes only as a file, which is there while its turn runs."""
 
     def __init__(self, name, data):
         self.name = name
@@ -1846,6 +1947,7 @@ class TurnFile:
 
 
 def _write_turn_file(word, folder):
+    """A word of the command line: a TurnFile becomes its path in `folder`."""
     if not isinstance(word, TurnFile):
         return word
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -1865,11 +1967,11 @@ def _name(value, settings):
 
 
 def _one_of(*values):
-    def check(value, settings):
+    def accept(value, settings):
         if value not in values or not isinstance(value, str):
             raise ValueError("must be one of %s" % ", ".join(values))
         return value
-    return check
+    return accept
 
 
 def _boolean(value, settings):
@@ -1901,16 +2003,29 @@ def _image_of_url(url, settings):
 
 def _image_of_path(path, settings):
     if "\0" in path or not 1 <= len(path) <= 4096:      # PATH_MAX, <linux/limits.h>
-        raise ValueError("is no path")
+        raise ValueError("is not a path")
     workspace = os.path.realpath(settings.workspace)
     real = os.path.realpath(os.path.join(workspace, path))
     if os.path.commonpath((workspace, real)) != workspace:
         raise ValueError("lies outside the workspace")
-    with open(real, "rb",
-              opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("is not a regular file")
-        return file.read(settings.max_body + 1)
+    try:
+        with open_regular(real) as file:
+            return file.read(settings.max_body + 1)
+    except ValueError:
+        raise ValueError("is not a regular file") from None
+
+
+def _image(image, settings):
+    """The bytes of an image that is given by path or URL, and the type that they say it has."""
+    try:
+        read = _image_of_url if image[:5].lower() == "data:" else _image_of_path
+        data = read(image, settings)
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    for pattern, kind in IMAGE_TYPES:
+        if re.match(pattern, data, re.DOTALL):
+            return data, kind
+    raise ValueError("is not a PNG, JPEG, GIF or WebP image")
 
 
 def _images(value, settings):
@@ -1920,21 +2035,15 @@ def _images(value, settings):
         raise ValueError("must be at most %d" % MAX_IMAGES)
     if value and "," in settings.state:         # where Codex would split the files' names, silently
         raise ValueError("need a state directory without a comma: see REPLICAS_ENGINE_STATE")
-    files, room = [], settings.max_body
+    files, room = [], settings.max_body         # bytes that they may still have together
     for number, image in enumerate(value, 1):
         try:
-            read = _image_of_url if image[:5].lower() == "data:" else _image_of_path
-            data = read(image, settings)
+            data, kind = _image(image, settings)
             room -= len(data)
             if room < 0:
                 raise ValueError("makes more than %d bytes" % settings.max_body)
-            kind = next((kind for pattern, kind in IMAGE_TYPES
-                         if re.match(pattern, data, re.DOTALL)), None)
-            if kind is None:
-                raise ValueError("is no PNG, JPEG, GIF or WebP image")
-        except (ValueError, OSError) as error:
-            problem = getattr(error, "strerror", None) or error
-            raise ValueError("number %d: %s" % (number, problem)) from None
+        except ValueError as error:
+            raise ValueError("number %d: %s" % (number, error)) from None
         files.append(TurnFile("image-%d.%s" % (number, kind), data))
     return files
 
@@ -2028,7 +2137,7 @@ class Exec:
             except UnicodeDecodeError:
                 line = line.decode("utf-8", "replace").encode()
         try:
-            value = json_text.decode(line.decode("latin-1"))    # a byte a character: see json_line
+            value = json_text.decode(line.decode("latin-1"))    # which has a byte a character
             fit = EVENT_TYPE.fullmatch(value["type"]) and value["type"] != "done"   # that is ours
         except (TypeError, KeyError, RecursionError):
             fit = False
@@ -3153,8 +3262,8 @@ class Application:
         name = "after" if "after" in query else "Last-Event-ID"
         position = query.get("after", request.header("Last-Event-ID"))
         turn_id, number = _event_id(name, position) if position else (None, 0)
-        if "turn" in query:
-            wanted = _whole_number("turn", query["turn"])
+        wanted = whole_number(query, "turn")
+        if wanted is not None:
             if turn_id not in (None, wanted):
                 raise bad_parameter(name, "%s is of another turn than turn=%d" % (position, wanted))
             turn_id = wanted
@@ -3177,54 +3286,7 @@ class Application:
     # GET /codex/history
 
     def history(self, request):
-        query = request.query()
-        tail = _whole_number("tail", query["tail"]) if "tail" in query else None
-        limit = _whole_number("limit", query["limit"], least=1) if "limit" in query else None
-        if tail is not None and "after" in query:
-            raise bad_parameter("tail", "and after exclude each other")
-        thread_id = self.runner.thread_id
-        offset = _cursor(query["after"], thread_id) if "after" in query else 0
-        if thread_id is None:
-            return json_response({"message": "No active thread", "thread_id": None, "events": []})
-        reader = self._rollout(thread_id)
-        if reader is None:
-            if offset:
-                raise _gone_cursor("is beyond the end")
-            return json_response({"thread_id": thread_id, "events": [],
-                                  "cursor": "%s.0" % thread_id})
-        try:
-            headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding"),
-                       ("ETag", _entity_tag(reader, request))]
-            if _matches(request.header("If-None-Match"), headers[-1][1]):
-                reader.close()
-                return Response([], 304, headers[1:])
-            reader.decompress()
-            if tail is not None:
-                offset = reader.tail(tail)
-            if not reader.seek(offset):
-                raise _gone_cursor("is not a place in this thread's history")
-        except OSError as error:
-            reader.close()
-            raise _unreadable(reader.path, error) from None
-        except BaseException:
-            reader.close()
-            raise
-        pieces = iter(HistoryPage(thread_id, reader, limit))
-        if accepts_gzip(request):
-            headers.append(("Content-Encoding", "gzip"))
-            pieces = compress(pieces)
-        return Response(ClosingIterator(pieces, reader.close), 200, headers)
-
-    def _rollout(self, thread_id):
-        """A reader of the thread's rollout, or None if there is no file."""
-        while True:
-            path = self.runner.rollouts.find(thread_id)
-            try:
-                return path and RolloutReader(path)
-            except FileNotFoundError:               # moved or compressed this moment
-                continue
-            except OSError as error:
-                raise _unreadable(path, error) from None
+        return history_response(request, self.runner.rollouts, self.runner.thread_id)
 
     # GET /codex/status
 

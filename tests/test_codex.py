@@ -164,7 +164,7 @@ def test_a_wrapper_is_followed_to_its_native_binary(find, tmp_path, layout, way)
     else:
         env = {"PATH": str(link(tmp_path / "other" / "codex", bin_codex).parent)}
     codex = find(**env)
-    assert (codex.program, codex.path) == (str(native), str(path))
+    assert (codex.program, codex.path_folder) == (str(native), str(path))
     settings = Settings({"HOME": str(find.home), "PATH": "/usr/bin"})
     assert codex_environment(settings, codex, "m")["PATH"] == "%s:/usr/bin" % path
 
@@ -187,13 +187,13 @@ def test_a_wrapper_without_a_native_binary_is_run_itself(find, tmp_path, native)
     else:
         shutil.move(str(binary.parent.parent), str(binary.parent.parent.parent / "riscv64-linux"))
     codex = find(CODEX_PATH=str(wrapper))
-    assert (codex.program, codex.path) == (str(wrapper), None)
+    assert (codex.program, codex.path_folder) == (str(wrapper), None)
 
 
 def test_a_shell_script_that_starts_codex_is_run_itself(find, tmp_path):
     shim = program(tmp_path / "bin" / "codex")
     codex = find(PATH=str(shim.parent))
-    assert (codex.program, codex.path) == (str(shim), None)
+    assert (codex.program, codex.path_folder) == (str(shim), None)
 
 
 @pytest.mark.parametrize("version", REAL_VERSIONS)
@@ -206,7 +206,7 @@ def test_npms_own_install_of_the_real_codex(find, version):
     codex = finder.find()
     with open(codex.program, "rb") as file:
         assert file.read(4) == b"\x7fELF"
-    assert os.path.exists(os.path.join(codex.path, "rg"))
+    assert os.path.exists(os.path.join(codex.path_folder, "rg"))
     assert finder.version(codex) == version
 
 

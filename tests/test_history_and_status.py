@@ -88,7 +88,7 @@ BAD_QUERIES = [
 
 
 @pytest.mark.parametrize("has_thread", [False, True])
-def test_a_parameter_that_is_none(engine, has_thread):
+def test_a_parameter_that_cannot_be_used(engine, has_thread):
     if has_thread:
         take_thread(engine)
     for query in BAD_QUERIES:
@@ -116,7 +116,9 @@ def test_a_cursor_that_is_gone(engine):
 def test_polling_while_a_turn_runs_gives_each_line_once(engine):
     """A rollout that grows by lines and by halves of lines."""
     steps = [{"thread": "new"}, {"touch": os.path.join(engine.folder, "begun")}]
+    go = os.path.join(engine.folder, "go")
     for n in range(120):
+        steps += [{"wait_for": go}] if n == 60 else []
         steps += [{"rollout_line": json.dumps({"n": n, "text": "x" * (n * 37 % 3000)})}]
         steps += [{"rollout_line": "broken %d" % n}, {"sleep": 0.002}] if n % 3 == 0 else []
     engine.start_turn(script(*steps, {"complete": True}))
@@ -130,6 +132,8 @@ def test_polling_while_a_turn_runs_gives_each_line_once(engine):
         assert page["thread_id"] == thread_id
         events += page["events"]
         polls, cursor = polls + 1, page["cursor"]
+        if polls == 3:
+            open(go, "w").close()
         if is_over and not page.get("has_more"):
             break
         is_over = is_over or engine.status()["turn"]["status"] != "running"

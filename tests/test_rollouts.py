@@ -1,5 +1,7 @@
 """Rollouts: finding a thread's file wherever it is, and reading it whatever is in it."""
 
+import codecs
+import collections
 import contextlib
 import datetime
 import gzip
@@ -18,7 +20,7 @@ import pytest
 import replicas_engine
 from conftest import unavailable
 from harness import SECRET, script, wait_for
-from replicas_engine import HistoryPage, RolloutReader, Rollouts, json_line
+from replicas_engine import HistoryPage, JSONChecker, RolloutReader, Rollouts, json_line
 
 THREAD = "019a1edf-b500-7731-b607-e9d22c1933a5"         # began on 2025-10-26 at 04:00 UTC
 NAME = "rollout-2025-10-26T04-00-00-%s.jsonl" % THREAD
@@ -117,26 +119,56 @@ def shorten(line):
 
 @pytest.mark.parametrize("line", JSON_LINES, ids=shorten)
 def test_a_line_of_json_keeps_its_text(line):
-    text = line.decode("latin-1")
-    assert json_line(text) == text
-    for around in ("%s\r", " \t%s ", replicas_engine.BOM + "%s", replicas_engine.BOM + " %s\t\r"):
-        assert json_line(around % text) == text
+    assert json_line(line) == line
+    for around in (b"%b\r", b" \t%b ", codecs.BOM_UTF8 + b"%b", codecs.BOM_UTF8 + b" %b\t\r"):
+        assert json_line(around % line) == line
 
 
 @pytest.mark.parametrize("line", NO_JSON_LINES, ids=shorten)
 def test_a_line_that_is_no_json_is_left_out(line):
-    assert json_line(line.decode("latin-1")) is None
+    assert json_line(line) is None
 
 
-@pytest.mark.parametrize("size", range(1, 9))
-def test_utf8_is_checked_across_blocks(size, monkeypatch):
-    monkeypatch.setattr(replicas_engine, "BLOCK_SIZE", size)
+def is_json(text, size):
+    """What JSONChecker says of it, block by block."""
+    checker = JSONChecker()
+    try:
+        for begin in range(0, len(text), size):
+            checker.feed(text[begin:begin + size])
+        return checker.is_complete()
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8, 1000, 65536])
+def test_json_is_checked_across_blocks(size):
     for line in JSON_LINES:
-        if len(line) < 1000:
-            assert json_line(line.decode("latin-1")) is not None
+        if len(line) < 1000 * size:
+            assert is_json(line, size), line[:100]
+            assert is_json(b" \t" + line + b"\r ", size)
     for line in NO_JSON_LINES:
-        if len(line) < 1000:
-            assert json_line(line.decode("latin-1")) is None
+        if len(line) < 1000 * size and not line.startswith(codecs.BOM_UTF8):
+            assert not is_json(line, size), line[:100]
+
+
+def test_the_checker_agrees_with_the_parser():
+    """On JSON with a byte or a few changed, in blocks of any size."""
+    source = random.Random(8259)
+    seeds = [json.dumps(value, ensure_ascii=source.random() < 0.5).encode() for value in [
+        {"a": [1, -2.5e-7, True, None], "é😀": {"": [[], {}, "\\\"\n\u2028"]}},
+        [[[0, 10, 1e300], {"x": {"y": {"z": False}}}], "text", {"k": "v", "l": "w"}]]]
+    verdicts = collections.Counter()
+    for _ in range(20000):
+        text = bytearray(source.choice(seeds))
+        for _ in range(source.choice((0, 1, 1, 2))):
+            place = source.randrange(len(text))
+            text[place:place + source.randrange(2)] = source.choice(
+                (b"", b"", b",", b'"', b"[", b"]", b"}", b"0", b"1", b".", b"e", b"-", b"\\", b" ",
+                 b"\xc3", b"t", b"\t", b":"))
+        expected = json_line(bytes(text)) is not None
+        assert is_json(bytes(text), source.choice((1, 2, 3, 7, 20, 1000))) == expected, bytes(text)
+        verdicts[expected] += 1
+    assert min(verdicts.values()) > 2000
 
 
 def test_every_odd_line_through_the_engine(engine):
@@ -195,9 +227,10 @@ def whole_lines(data):
 def read_page(path, tail=None, offset=0, limit=None):
     reader = RolloutReader(path)
     try:
-        reader.decompress()
-        assert reader.seek(offset if tail is None else reader.tail(tail))
-        return json.loads(b"".join(HistoryPage("t", reader, limit)).decode())
+        reader.unpack()
+        begin = offset if tail is None else reader.last_lines(tail)
+        assert reader.is_line(begin)
+        return json.loads(b"".join(HistoryPage("t", reader, begin, limit)).decode())
     finally:
         reader.close()
 
@@ -231,8 +264,8 @@ def test_every_way_through_a_file(tmp_path, monkeypatch, size, compressed):
         starts = {0} | {index + 1 for index, byte in enumerate(data) if byte == 10}
         for offset in range(0, len(data) + 3, 11 if compressed else 1):
             reader = RolloutReader(path)
-            reader.decompress()
-            assert reader.seek(offset) == (offset in starts)
+            reader.unpack()
+            assert reader.is_line(offset) == (offset in starts)
             reader.close()
 
 
@@ -448,15 +481,13 @@ def test_it_is_found_again_when_it_is_moved_or_compressed(engine):
     assert engine.get("/codex/history?after=" + cursor).status == 410
 
 
-def test_a_file_that_moves_just_when_it_is_opened(engine, tmp_path, monkeypatch):
+def test_a_file_that_moves_just_when_it_is_opened(tmp_path, monkeypatch):
     """What `find` found is gone when it is opened: it is looked for again."""
     codex_home = str(tmp_path / "codex")
     path = write(os.path.join(codex_home, PLACE))
     archived = os.path.join(codex_home, "archived_sessions", NAME)
-    settings = replicas_engine.Settings({"CODEX_HOME": codex_home, "HOME": str(tmp_path)})
-    app = replicas_engine.Application(settings)
-    app.runner = replicas_engine.CodexRunner(settings)
-    found = app.runner.rollouts.find
+    rollouts = Rollouts(codex_home)
+    found = rollouts.find
 
     def find_and_move(thread_id):
         result = found(thread_id)
@@ -465,8 +496,8 @@ def test_a_file_that_moves_just_when_it_is_opened(engine, tmp_path, monkeypatch)
             os.rename(path, archived)
         return result
 
-    monkeypatch.setattr(app.runner.rollouts, "find", find_and_move)
-    reader = app._rollout(THREAD)
+    monkeypatch.setattr(rollouts, "find", find_and_move)
+    reader = rollouts.open(THREAD)
     assert reader.path == archived
     reader.close()
 
@@ -554,13 +585,13 @@ def test_the_day_is_that_of_codexs_time_zone(tmp_path, monkeypatch, hour, offset
     thread_id = uuid7(moment)
     path = write(str(tmp_path / "sessions" / local.strftime("%Y/%m/%d") /
                      name_of(thread_id, local)))
-    seen, listed = [], replicas_engine._list
+    seen, listed = [], replicas_engine.list_folder
 
     def list_and_note(folder):
         seen.append(folder)
         return listed(folder)
 
-    monkeypatch.setattr(replicas_engine, "_list", list_and_note)
+    monkeypatch.setattr(replicas_engine, "list_folder", list_and_note)
     assert Rollouts(str(tmp_path)).find(thread_id) == path
     assert len(seen) <= 3
 

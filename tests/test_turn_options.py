@@ -374,7 +374,7 @@ REFUSED = (
     + wrong([None, 1, True, "", "a.png", {}, {"0": "a.png"}, [1], [None], [["a.png"]],
              [{"type": "local_image"}], ["in.png", 1]], "images", "must be a list")
     + wrong([[""], ["\0"], ["in.png\0"], ["x" * 10 ** 6], ["a/" * 10 ** 6], ["../" * 2000]],
-            "images", "number 1: is no path")
+            "images", "number 1: is not a path")
     + wrong([["x" * 300]], "images", "number 1: File name too long")
     + wrong([["missing.png"], ["in.png/x"], ["--flag"], ["-c"], ["a\nb"], ["$(id)"], ["http://x/y"],
              ["file:///etc/passwd"], ["in.png,in.png"]], "images", "number 1: N")
@@ -389,9 +389,9 @@ REFUSED = (
     + wrong([["loop"]], "images", "number 1: Too many levels of symbolic links")
     + wrong([["zip.png"], ["empty.png"], ["text.png"], [data_url(ZIP)], [data_url(b"")],
              [data_url(b"<svg/>", "svg+xml")], [data_url(PNG[1:])], [data_url(b"\n" + PNG)]],
-            "images", "number 1: is no PNG, JPEG, GIF or WebP image")
+            "images", "number 1: is not a PNG, JPEG, GIF or WebP image")
     + wrong([["in.png", "zip.png"], [data_url(PNG), data_url(ZIP)]], "images",
-            "number 2: is no PNG, JPEG, GIF or WebP image")
+            "number 2: is not a PNG, JPEG, GIF or WebP image")
     + wrong([["data:"], ["data:,x"], ["data:image/png,x"], ["data:image/png;base64"],
              ["data:text/html;base64,iVBORw0KGgo="], ["data:image/png;a=b;base64,iVBORw0KGgo="],
              ["data:image/png\n;base64,iVBORw0KGgo="], ["data:image/;base64,iVBORw0KGgo="],
@@ -400,7 +400,7 @@ REFUSED = (
     + wrong([["data:image/png;base64," + garbage] for garbage in (
         "!!!!", "iVBORw0KGgo", "iVBORw0KGgo=\n", "iVBORw0K Ggo=", "iVBORw0KGgo=é", "%69",
         "iVBORw0KGgo=====x", "_-_-")], "images", "number 1: is not base64")
-    + wrong([["data:image/png;base64,="]], "images", "number 1: is no")     # either, by version
+    + wrong([["data:image/png;base64,="]], "images", "number 1: is not")    # either, by version
     + wrong([["in.png"] * 101], "images", "must be at most 100"))
 
 
