@@ -3143,7 +3143,8 @@ class CodexRunner:
 # Application
 # ---------------------------------------------------------------------------------------------
 
-MAX_HEALTH_BODY = 64 * 1024                # bytes that somebody without the secret may send
+MAX_HEALTH_BODY = 64 * 1024                # bytes that a client without the secret may send
+WARNING_INTERVAL = 60.0                    # seconds between two warnings of refused secrets
 
 
 class Application:
@@ -3155,7 +3156,8 @@ class Application:
     def __init__(self, settings=None):
         self.settings = settings
         self.runner = None
-        self._opening = threading.Lock()
+        self._opening = threading.Lock()    # one thread takes the state directory
+        self._next_warning = 0.0            # of a refused secret, by time.monotonic
         self.router = Router(
             ("GET", "/health", lambda request: json_response({"status": "ok",
                                                               "timestamp": timestamp()})),
@@ -3198,6 +3200,7 @@ class Application:
         try:
             response = self._respond(request)
         except HTTPError as error:
+            self._warn_of_refused_secrets(error, environ)
             response = error.response()
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
@@ -3210,6 +3213,15 @@ class Application:
         if hasattr(response.body, "close"):
             response.body.close()
         return []
+
+    def _warn_of_refused_secrets(self, error, environ):
+        """One line a minute, lest who guesses fills the journal."""
+        now = time.monotonic()
+        if error.status == 401 and now >= self._next_warning:
+            self._next_warning = now + WARNING_INTERVAL
+            logger.warning("a request from %s was refused: %s; others within %d s are not logged "
+                           "like this", environ.get("REMOTE_ADDR"), error.body["error"],
+                           WARNING_INTERVAL)
 
     def _respond(self, request):
         if request.path == "/health" and request.method in ("GET", "HEAD"):

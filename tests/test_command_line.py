@@ -184,15 +184,25 @@ def test_a_line_a_request(engine):
     engine.send("a message that nobody else may read")
     engine.request("GET", "/ping", secret="a wrong secret")
     lines = wait_for(lambda: engine.log().count("GET /ping") == 2 and engine.log()).splitlines()
-    assert [re.sub(r"[0-9.]+ ms$", "N ms", line.split(" ", 2)[2]) for line in lines
+    assert [re.sub(r"[0-9.]+ ms", "N ms", line.split(" ", 2)[2]) for line in lines
             if " ms" in line] == [
-        "GET /ping 200 N ms", "GET /nowhere 404 N ms", "POST /codex/send 200 N ms",
-        "GET /ping 401 N ms"]
+        "GET /ping 200 N ms, from 127.0.0.1", "GET /nowhere 404 N ms, from 127.0.0.1",
+        "POST /codex/send 200 N ms, from 127.0.0.1", "GET /ping 401 N ms, from 127.0.0.1"]
     for line in lines:
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (debug|info|warning|error) ", line)
     assert "turn 1 started" in engine.log() and "turn 1 ended: turn.completed" in engine.log()
     assert "nobody else" not in engine.log() and harness.SECRET not in engine.log()
     assert "wrong secret" not in engine.log() and "/health" not in engine.log()
+
+
+def test_refused_secrets_are_warnings_and_few(engine):
+    for _ in range(30):
+        engine.request("GET", "/ping", secret="a wrong secret")
+        engine.request("GET", "/ping", secret=None)
+    wait_for(lambda: engine.log().count("GET /ping 401") == 60)
+    assert engine.log().count(
+        " warning a request from 127.0.0.1 was refused: Unauthorized: Invalid secret") == 1
+    assert engine.log().count(" warning ") == 1
 
 
 def test_development_logs_more(make_engine):
