@@ -69,6 +69,7 @@ import os
 import pwd
 import queue
 import re
+import resource
 import select
 import selectors
 import shutil
@@ -134,12 +135,25 @@ def boot_id():
         return None
 
 
+PR_SET_DUMPABLE, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 4, 47, 4    # <linux/prctl.h>
+
+
 def prctl(option, value):
     """prctl(2); False where the system has no such option."""
     try:
         return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
     except (OSError, AttributeError):
         return False
+
+
+def shut_out_others():
+    """Let no other process of this user read our memory and environment, where the secret is.
+
+    Under systemd that is so from the first moment, since the unit gives a capability that is good
+    for nothing else: who hasn't got it may not look (ptrace(2)).  No child shall inherit it.
+    """
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    prctl(PR_SET_DUMPABLE, 0)
 
 
 def list_folder(folder):
@@ -404,6 +418,12 @@ class StderrHandler(logging.Handler):
         written = threading.Event()
         self.waiting.put(written)
         written.wait(FLUSH_TIMEOUT)
+
+
+def log_uncaught(failure):
+    """For threading.excepthook and sys.unraisablehook, which would write to sys.stderr and wait."""
+    logger.error("an exception that nobody caught in %s", threading.current_thread().name,
+                 exc_info=(failure.exc_type, failure.exc_value, failure.exc_traceback))
 
 
 def _is_journal(stream):
@@ -1264,13 +1284,14 @@ def event_stream(request, turn_log, offset):
 # signals go to groups, lest somebody who forks all the time is a new process before each arrives.
 
 MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36     # <linux/prctl.h>
+PR_SET_CHILD_SUBREAPER = 36                # <linux/prctl.h>
 INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its ending down
 TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
 KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
 PROCESS_POLL = 0.02                        # seconds between two looks at the process table
 
 _starting = threading.Lock()               # a child of ours is started and known, or orphans reaped
+NOFILE_LIMITS = resource.getrlimit(resource.RLIMIT_NOFILE)     # what this process began with
 _own_children = set()                      # pids that somebody else waits for; added to under it
 _reaped = 0                                # how many orphans were; guarded by it
 
@@ -1289,6 +1310,8 @@ def start_process(argv, **options):
     with _starting:
         child = Child(argv, start_new_session=True, **options)
         _own_children.add(child.pid)
+    with contextlib.suppress(OSError):      # ours was raised; select(2) needs small descriptors
+        resource.prlimit(child.pid, resource.RLIMIT_NOFILE, NOFILE_LIMITS)
     return child
 
 
@@ -3178,6 +3201,7 @@ class Application:
         """Read the settings and take the state directory, if that wasn't done before."""
         with self._opening:
             if self.runner is None:
+                shut_out_others()
                 self.settings = self.settings or Settings.from_process()
                 if not logger.handlers:
                     start_logging(os.environ)
@@ -4088,7 +4112,7 @@ class WSGIServer(ThreadingHTTPServer):
         self.always = frozenset(always)
         self.admits = admits
         self.closing = False
-        self.last_look = time.monotonic()   # when the accept loop last came by
+        self.looks = 0                      # how often the accept loop came by
         # Guards the two below, and is notified when a connection has ended.  Taken by the accept
         # loop and by each connection's thread at its beginning and its end.
         self._changed = threading.Condition()
@@ -4133,7 +4157,7 @@ class WSGIServer(ThreadingHTTPServer):
         return self._ready.fileno()
 
     def service_actions(self):
-        self.last_look = time.monotonic()
+        self.looks += 1
 
     def get_request(self):
         try:
@@ -4298,15 +4322,6 @@ def systemd_listener():
     return listener
 
 
-def watchdog_interval():
-    """Seconds between two signs of life that systemd expects at most twice as far apart, or None
-    (sd_watchdog_enabled(3))."""
-    usec = os.environ.get("WATCHDOG_USEC", "")
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()) or not usec.isdigit():
-        return None
-    return int(usec) / 2000000
-
-
 # ---------------------------------------------------------------------------------------------
 # Check
 # ---------------------------------------------------------------------------------------------
@@ -4386,7 +4401,9 @@ def check(settings):
 # ---------------------------------------------------------------------------------------------
 
 CLOSE_TIMEOUT = 3.0                        # seconds that answers have to be finished at the end
-HANG_LIMIT = 10.0                          # seconds without a sign of life of the accept loop
+WAKE_INTERVAL = 1.0                        # seconds between two wake-ups of the main thread
+HANG_LIMIT = 30                            # its wake-ups without a look of the accept loop
+CPU_HANG_LIMIT = 60                        # processor seconds without a wake-up
 
 
 class Inbox:
@@ -4435,30 +4452,66 @@ def status_line(app):
     return "%s; %s" % (IDLE, app.runner.last_failure) if app.runner.last_failure else IDLE
 
 
+class HangWatch:
+    """Ends a process that hangs, with a traceback of every thread, for systemd to start it anew.
+
+    It has no clock: after a pause of the machine (a frozen or restored VM) every time limit would
+    be over, and nothing hung.  It counts wake-ups of the main thread and processor time, neither
+    of which goes on in a pause.
+    """
+
+    def __init__(self, server):
+        self.server = server
+        self.looks = None
+        self.idle_wake_ups = 0
+        # Dump all threads' stacks to standard error, then do as the signal does: end the process.
+        faulthandler.register(signal.SIGPROF, all_threads=True, chain=True)
+        self.wake_up(idle=False)
+
+    def wake_up(self, idle):
+        """To be called whenever the main thread wakes up; `idle`: because of WAKE_INTERVAL."""
+        # The alarm for code that keeps Python's lock and with it this thread from running: it can
+        # but be computing.
+        signal.setitimer(signal.ITIMER_PROF, CPU_HANG_LIMIT)
+        self.idle_wake_ups = self.idle_wake_ups + idle if self.looks == self.server.looks else 0
+        self.looks = self.server.looks
+        if self.idle_wake_ups >= HANG_LIMIT:
+            logger.error("the accept loop hangs: the engine ends itself")
+            logging.shutdown()
+            signal.raise_signal(signal.SIGPROF)
+
+
 def watch(inbox, server, app, stop):
-    """The main thread's work: call `stop` in a thread when told to, and return when it is done; a
-    second demand to stop is obeyed at once.  Meanwhile reap orphans and keep systemd informed."""
-    interval, stopping = watchdog_interval(), False
+    """The main thread's work: set the Event `stop` when told to stop, and return when everything
+    has; a second demand is obeyed at once.  Meanwhile reap orphans and keep systemd informed.
+
+    What fails in here must not end the engine.
+    """
+    hang_watch = HangWatch(server)
     while True:
-        news = inbox.get(interval)
+        news = inbox.get(WAKE_INTERVAL)
         if Inbox.STOPPED in news:
             return
         demand = news.intersection(Inbox.STOP_SIGNALS)
-        if demand and stopping:
+        if demand and stop.is_set():
             logger.warning("stopped at once")
             logging.shutdown()              # write that
             os._exit(128 + demand.pop())
         if demand:
-            stopping = True
+            stop.set()
             logger.info("stopping")
             notify("STOPPING=1")
-            threading.Thread(target=stop, name="stop", daemon=True).start()
-        if signal.SIGCHLD in news:
-            reap_orphans()
-        if Inbox.TURN_CHANGED in news and not stopping:
-            notify("STATUS=" + status_line(app))
-        if interval and time.monotonic() - server.last_look < HANG_LIMIT:
-            notify("WATCHDOG=1")
+        if not stop.is_set():
+            hang_watch.wake_up(idle=not news)
+        try:
+            if "WATCHDOG_USEC" in os.environ:       # the unit asks for none, but its owner may
+                notify("WATCHDOG=1")
+            if signal.SIGCHLD in news:
+                reap_orphans()
+            if Inbox.TURN_CHANGED in news and not stop.is_set():
+                notify("STATUS=" + status_line(app))
+        except Exception:
+            logger.exception("the main thread could not do all of its work")
 
 
 def serve(settings):
@@ -4493,11 +4546,20 @@ def serve(settings):
     if inherited and server.server_address[1] != settings.port:
         logger.warning("PORT=%d is passed over: systemd's socket is on another port", settings.port)
 
-    def stop():
-        app.runner.close()
-        server.shut_down(CLOSE_TIMEOUT, keep_queue=inherited is not None)
+    stop = threading.Event()
+
+    def stop_when_told():
+        stop.wait()
+        for close in (app.runner.close, functools.partial(server.shut_down, CLOSE_TIMEOUT,
+                                                          keep_queue=inherited is not None)):
+            try:
+                close()
+            except Exception:
+                logger.exception("the end is not in order")
         inbox.put(Inbox.STOPPED)
 
+    # It is there from the start: later the machine may have no thread left to give.
+    threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
     app.runner.on_change = lambda: inbox.put(Inbox.TURN_CHANGED)
     notify("READY=1\nSTATUS=" + line)
     watch(inbox, server, app, stop)
@@ -4521,6 +4583,7 @@ def parse_command_line(arguments):
 
 def main(arguments):
     """The command line; the exit status."""
+    shut_out_others()
     for fd in range(3):                     # lest a socket or a file becomes standard error
         try:
             os.fstat(fd)
@@ -4528,8 +4591,10 @@ def main(arguments):
             os.open(os.devnull, os.O_RDWR)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
     start_logging(os.environ)
-    faulthandler.enable()                   # where it hung, when systemd's watchdog aborts it
-    prctl(PR_SET_DUMPABLE, 0)               # nobody of the same user reads our secret or memory
+    faulthandler.enable()                   # a traceback of what crashes Python itself
+    threading.excepthook = sys.unraisablehook = log_uncaught
+    with contextlib.suppress(OSError, ValueError):      # a connection is a descriptor, or two
+        resource.setrlimit(resource.RLIMIT_NOFILE, 2 * NOFILE_LIMITS[1:])
     options = parse_command_line(arguments) if arguments else None
     try:
         settings = Settings.from_process()

@@ -20,9 +20,11 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 @pytest.fixture(autouse=True)
 def no_subreaper():
-    """An engine in the tests' own process makes it the parent of orphans, and nobody reaps them."""
+    """An engine in the tests' own process makes it the parent of orphans, and nobody reaps them;
+    and lets nobody look into it."""
     yield
     replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 0)
+    replicas_engine.prctl(replicas_engine.PR_SET_DUMPABLE, 1)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -312,6 +313,124 @@ def test_journal_priorities(make_engine, tmp_path):
     assert lines[0].startswith("<6>replicas-engine ") and lines[1].startswith("<4>REPLICAS_ENGINE")
 
 
+# What must not end it, and what must
+
+def make_altered(make_engine, *lines, **env):
+    """An engine in which the lines of Python ran before its start; they find it as `engine`, and
+    `wanted()` is true once the test has made the file wanted."""
+    engine = make_engine(start=False, **env)
+    engine.program = [sys.executable, "-W", "error", "-c", "\n".join((
+        "import errno, os, re, signal, sys, threading, time",
+        "sys.path.insert(0, %r)" % harness.ROOT,
+        "import replicas_engine as engine",
+        "def wanted(): return os.path.exists('wanted')",
+        "def fail(*args, **keys): raise OSError(errno.EMFILE, 'Too many open files')",
+        *lines,
+        "sys.exit(engine.main([]))"))]
+    return engine.start()
+
+
+def want(engine):
+    open(os.path.join(engine.folder, "wanted"), "w").close()
+
+
+def limits(pid):
+    """The soft and the hard limit of a process's descriptors."""
+    with open("/proc/%d/limits" % pid) as file:
+        return re.search(r"Max open files +(\d+) +(\d+)", file.read()).groups()
+
+
+def test_the_descriptor_limit_is_raised_but_not_for_codex(make_engine):
+    engine = make_engine(start=False)
+    engine.program = ["sh", "-c", 'ulimit -S -n 200; ulimit -H -n 2000; exec "$@"', "sh",
+                      *engine.program]
+    engine.start()
+    assert limits(engine.process.pid) == ("2000", "2000")
+    engine.start_turn(script({"thread": "new"}, {"sleep": 60}))
+    call = wait_for(engine.calls)[0]
+    wait_for(lambda: limits(call["pid"]) == ("200", "2000"))
+    engine.post("/codex/interrupt")
+
+
+def test_many_inherited_descriptors(make_engine):
+    """select(2) takes none above 1023."""
+    engine = make_engine(start=False)
+    engine.program = [sys.executable, "-c", "import os, resource, sys\n"
+                      "limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+                      "resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))\n"
+                      "for _ in range(1100): os.set_inheritable(os.dup(0), True)\n"
+                      "os.execv(sys.argv[1], sys.argv[1:])", *engine.program]
+    engine.start()
+    assert engine.send("hi")[-2].type == "turn.completed"
+    assert engine.stop() == 0
+
+
+def test_a_main_thread_that_cannot_do_its_work(make_engine):
+    engine = make_altered(make_engine, "engine.reap_orphans = fail")
+    engine.process.send_signal(signal.SIGCHLD)
+    wait_for(lambda: "the main thread could not" in engine.log())
+    assert engine.get("/ping").status == 200
+    assert engine.stop() == 0
+
+
+def test_without_a_thread_to_be_had(make_engine):
+    """An agent may fill the machine's process table, or the service's TasksMax."""
+    engine = make_altered(
+        make_engine, "start = threading.Thread.start",
+        "def start_or_not(thread):",
+        "    if wanted(): raise RuntimeError(\"can't start new thread\")",
+        "    start(thread)",
+        "threading.Thread.start = start_or_not")
+    with contextlib.closing(engine.connect()) as connection:
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        want(engine)
+        engine.process.send_signal(signal.SIGCHLD)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+    assert engine.stop() == 0
+    assert "Traceback" not in engine.log()
+
+
+def test_an_end_that_fails_is_one_all_the_same(make_engine):
+    engine = make_altered(make_engine, "engine.CodexRunner.close = fail")
+    assert engine.stop() == 0
+    assert "Too many open files" in engine.log()
+
+
+def test_an_accept_loop_that_hangs_ends_the_engine(make_engine):
+    engine = make_altered(
+        make_engine, "engine.HANG_LIMIT = 2",
+        "def service_actions(server):",
+        "    while wanted(): time.sleep(3600)",
+        "    server.looks += 1",
+        "engine.WSGIServer.service_actions = service_actions")
+    want(engine)
+    assert engine.process.wait(harness.PATIENCE) == -signal.SIGPROF
+    assert "accept loop hangs" in engine.log() and "in service_actions" in engine.log()
+
+
+def test_code_that_lets_no_other_thread_run_ends_the_engine(make_engine):
+    engine = make_altered(
+        make_engine, "engine.CPU_HANG_LIMIT = 3",
+        "def service_actions(server):",
+        "    server.looks += 1",
+        "    if wanted(): re.match('(a+)+$', 50 * 'a' + 'b')",
+        "engine.WSGIServer.service_actions = service_actions")
+    want(engine)
+    assert engine.process.wait(harness.PATIENCE) == -signal.SIGPROF
+    assert "in service_actions" in engine.log()
+
+
+def test_a_pause_of_the_machine_is_not_a_hang(make_engine):
+    engine = make_altered(make_engine, "engine.HANG_LIMIT = 2", "engine.CPU_HANG_LIMIT = 3")
+    engine.process.send_signal(signal.SIGSTOP)
+    time.sleep(5)                           # the pause
+    engine.process.send_signal(signal.SIGCONT)
+    assert engine.send("hi")[-2].type == "turn.completed"
+    assert engine.stop() == 0
+
+
 # systemd's protocols, spoken by a test instead of systemd
 
 @pytest.fixture
@@ -323,7 +442,7 @@ def notifications(tmp_path):
 
 
 def test_notify_and_watchdog(make_engine, notifications):
-    engine = make_engine(NOTIFY_SOCKET=notifications.getsockname(), WATCHDOG_USEC="100000")
+    engine = make_engine(NOTIFY_SOCKET=notifications.getsockname(), WATCHDOG_USEC="4000000")
     assert notifications.recv(100) == b"READY=1\nSTATUS=Idle"
     assert notifications.recv(100) == b"WATCHDOG=1"
     engine.start_turn(script({"thread": "new"}, {"sleep": 30}))
@@ -339,7 +458,7 @@ def test_notify_and_watchdog(make_engine, notifications):
 
 
 def test_notifications_that_nobody_takes(make_engine, notifications):
-    engine = make_engine(NOTIFY_SOCKET=notifications.getsockname(), WATCHDOG_USEC="100000")
+    engine = make_engine(NOTIFY_SOCKET=notifications.getsockname(), WATCHDOG_USEC="4000000")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
         with pytest.raises(BlockingIOError):
