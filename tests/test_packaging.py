@@ -15,7 +15,7 @@ import harness
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGING = os.path.join(CHECKOUT, "packaging")
-SHELL_SCRIPTS = ["build-deb", "cloud-init", "install", "replicas-engine", "try",
+SHELL_SCRIPTS = ["build-deb", "cloud-init", "get-codex", "install", "replicas-engine", "try",
                  "debian/postinst", "debian/postrm", "debian/prerm"]
 SETUP = "replicas-engine-setup"
 SECRET = "16-or-more-of-them"
@@ -151,6 +151,7 @@ def test_deb_holds_what_it_should(deb):
     modes = {line.split()[-1]: line.split()[0] for line in lines if not line.startswith("d")}
     assert modes.pop("./usr/bin/replicas-engine") == "-rwxr-xr-x"
     assert modes.pop("./usr/sbin/replicas-engine-setup") == "-rwxr-xr-x"
+    assert modes.pop("./usr/lib/replicas-engine/get-codex") == "-rwxr-xr-x"
     assert set(modes.values()) == {"-rw-r--r--"}
     assert {"./usr/lib/replicas-engine/replicas_engine.py",
             "./usr/lib/replicas-engine/__main__.py",
@@ -296,6 +297,35 @@ def test_the_command_says_what_it_is_for():
     done = run(*as_user, "sh", "-s", "--", "--check", input=open(script("replicas-engine")).read(),
                stdin=None, cwd="/")
     assert "sudo replicas-engine --check" in done.stderr
+
+
+# ---- get-codex
+
+@pytest.mark.parametrize("npm, machine, codex, asked", [
+    ("9.2.0", "x86_64", "latest", "--global @openai/codex@latest"),
+    ("6.14.4", "aarch64", "0.98.0", "--global @openai/codex@0.98.0"),
+    ("7.5.2", "x86_64", "latest", "--omit=optional --global @openai/codex-linux-x64@"
+     "npm:@openai/codex@0.169.0-linux-x64 @openai/codex@0.169.0"),
+    ("7.5.2", "aarch64", "latest", "--omit=optional --global @openai/codex-linux-arm64@"
+     "npm:@openai/codex@0.169.0-linux-arm64 @openai/codex@0.169.0"),
+    ("7.5.2", "x86_64", "0.98.0", "--global @openai/codex@0.98.0"),
+    ("7.5.2", "x86_64", "0.98.99", None), ("7.5.2", "riscv64", "1", "--global @openai/codex@1")])
+def test_get_codex(tmp_path, npm, machine, codex, asked):
+    """npm 7 is asked for this machine's Codex alone: it would take every platform's."""
+    for name, text in [("uname", "echo " + machine), ("npm", """case $*: in
+        --version:) echo %s ;;
+        "view @openai/codex@latest optionalDependencies.@openai/codex-"*:)
+            echo "npm:@openai/codex@0.169.0-${3##*/codex-}" ;;
+        "view @openai/codex@0.98.0 "*:) ;;
+        install*:) echo "$@" ;;
+        *) exit 1 ;;
+        esac""" % npm)]:
+        (tmp_path / name).write_text("#!/bin/sh\n%s\n" % text)
+        (tmp_path / name).chmod(0o755)
+    done = run(script("get-codex"), codex, "--global",
+               env={"PATH": "%s:%s" % (tmp_path, os.environ["PATH"])})
+    assert (done.returncode, done.stdout) == (
+        (0, "install %s\n" % asked) if asked else (1, "")), done
 
 
 # ---- replicas-engine-setup

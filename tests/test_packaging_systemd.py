@@ -384,7 +384,7 @@ def test_install_with_codex(machine):
                   "printf '#!/bin/sh\\necho codex-cli 0.169.0\\n' >/usr/local/bin/codex\n"
                   "chmod 755 /usr/local/bin/codex\n", 0o755)
     machine.install("--with-codex")
-    assert machine.read("/srv/npm-called") == "install --global @openai/codex\n"
+    assert machine.read("/srv/npm-called") == "install --global @openai/codex@latest\n"
     check_service(machine)
     machine.run("rm /srv/npm-called")
     machine.install("--with-codex")
