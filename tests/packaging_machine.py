@@ -307,12 +307,14 @@ class Machine:
         return time.monotonic() - start
 
     def files(self):
-        """Every file that an installation could touch: path, mode, owner, size, time."""
+        """Every file that an installation could touch: path, mode, owner, size, time (but of
+        bytecode, which is compiled again at each setup)."""
         listing = self.out(
             "find / -xdev \\( -path /proc -o -path /sys -o -path /run -o -path /dev -o -path /tmp"
             " -o -path /var/log -o -path /var/tmp -o -path /var/cache -o -path /var/lib/apt"
             " -o -path /var/lib/dpkg -o -path /var/lib/systemd/timers -o -path '%s' \\) -prune -o"
-            " -printf '%%p\\t%%m %%u %%s %%T@ %%l\\n'" % CLONE)
+            " \\( -path '*/__pycache__*' -printf '%%p\\t%%m %%u %%s\\n' -o"
+            " -printf '%%p\\t%%m %%u %%s %%T@ %%l\\n' \\)" % CLONE)
         found = dict(line.split("\t", 1) for line in listing.splitlines())
         # Kept by the system itself, and Codex's own.
         for path in ("/", "/etc", "/root", "/srv", "/var/lib/systemd",

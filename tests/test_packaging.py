@@ -1,5 +1,7 @@
 """packaging/: what can be said of its files without a machine to install them on."""
 
+import importlib.machinery
+import importlib.util
 import os
 import re
 import shutil
@@ -13,8 +15,10 @@ import harness
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGING = os.path.join(CHECKOUT, "packaging")
-SCRIPTS = ["build-deb", "cloud-init", "install", "replicas-engine", "replicas-engine-setup", "try",
-           "debian/postinst", "debian/postrm", "debian/prerm"]
+SHELL_SCRIPTS = ["build-deb", "cloud-init", "get-codex", "install", "replicas-engine", "try",
+                 "debian/postinst", "debian/postrm", "debian/prerm"]
+SETUP = "replicas-engine-setup"
+SECRET = "16-or-more-of-them"
 UNITS = ["replicas-engine.service", "replicas-engine.socket"]
 
 
@@ -53,10 +57,10 @@ def test_every_script_is_known_here():
             with open(os.path.join(folder, name), "rb") as file:
                 if file.readline().startswith(b"#!"):
                     found.append(os.path.relpath(os.path.join(folder, name), PACKAGING))
-    assert sorted(found) == sorted(SCRIPTS)
+    assert sorted(found) == sorted(SHELL_SCRIPTS + [SETUP])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SHELL_SCRIPTS)
 def test_scripts_are_executable_posix_sh(name):
     assert os.access(script(name), os.X_OK)
     with open(script(name)) as file:
@@ -66,10 +70,19 @@ def test_scripts_are_executable_posix_sh(name):
         ok("dash", "-n", script(name))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SHELL_SCRIPTS)
 def test_shellcheck(name):
     need("shellcheck")
     ok("shellcheck", "--shell=sh", script(name))
+
+
+def test_setup_is_python_that_takes_nothing_from_whoever_calls_it():
+    """It runs as root: neither the environment nor the working directory have a say."""
+    assert os.access(script(SETUP), os.X_OK)
+    with open(script(SETUP)) as file:
+        text = file.read()
+    assert text.startswith("#!/usr/bin/python3 -IBS\n")
+    compile(text, SETUP, "exec")
 
 
 def test_first_boot_script_of_cloud_init():
@@ -138,6 +151,7 @@ def test_deb_holds_what_it_should(deb):
     modes = {line.split()[-1]: line.split()[0] for line in lines if not line.startswith("d")}
     assert modes.pop("./usr/bin/replicas-engine") == "-rwxr-xr-x"
     assert modes.pop("./usr/sbin/replicas-engine-setup") == "-rwxr-xr-x"
+    assert modes.pop("./usr/lib/replicas-engine/get-codex") == "-rwxr-xr-x"
     assert set(modes.values()) == {"-rw-r--r--"}
     assert {"./usr/lib/replicas-engine/replicas_engine.py",
             "./usr/lib/replicas-engine/__main__.py",
@@ -152,9 +166,9 @@ def test_lintian(deb):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def user_data(tmp_path, *options):
+def user_data(tmp_path, *options, secrets=""):
     """(the text, its write_files by path as (encoding, content))"""
-    text = ok(script("cloud-init"), *options).stdout
+    text = ok(script("cloud-init"), *options, stdin=None, input=secrets).stdout
     (tmp_path / "user-data").write_text(text)
     files = {}
     for item in re.split(r"(?m)^  - path: ", text)[1:]:
@@ -168,17 +182,17 @@ def user_data(tmp_path, *options):
 def test_cloud_init_with_a_url_fits_everywhere(tmp_path):
     text, files = user_data(
         tmp_path, "--url", "https://host.test/e.deb?a=1&b=2", "--sha256", "ab" * 32, "--secret",
-        "s3cret", "--user", "debian", "--port", "4000", "--codex", "none")
+        "-", "--user", "debian", "--port", "4000", "--codex", "none", secrets=SECRET + "\r\n")
     assert len(text) < 16384 and text.startswith("#cloud-config\n")
     first_boot = files["/run/replicas-engine-first-boot"][1]
     for line in ("PACKAGE='https://host.test/e.deb?a=1&b=2'", "SHA256='%s'" % ("ab" * 32),
-                 "SECRET='s3cret'", "SERVICE_USER='debian'", "PORT='4000'", "CODEX=''"):
+                 "SECRET='%s'" % SECRET, "SERVICE_USER='debian'", "PORT='4000'", "CODEX=''"):
         assert re.search("(?m)^%s( |$)" % re.escape(line), first_boot), line
 
 
 @pytest.mark.parametrize("option, value, what", [
-    ("--secret", "it's", "letters, digits and"), ("--secret", "a&b", "letters, digits and"),
-    ("--user", "a b", "letters, digits and"), ("--port", "abc", "a number from 1 to 65535"),
+    ("--secret", SECRET, "standard input"), ("--codex-api-key", "sk-given", "standard input"),
+    ("--secret", "-", "nothing on standard input"), ("--user", "a b", "letters, digits and"), ("--port", "abc", "a number from 1 to 65535"),
     ("--port", "65536", "a number from 1 to 65535"), ("--url", "nonsense", "https://"),
     ("--url", "https://host.test/a'b", "letters, digits and"), ("--sha256", "ab", "sha256sum"),
     ("--deb", "/etc/passwd", "packaging/build-deb"), ("--secret", "", "needs a value")])
@@ -188,12 +202,38 @@ def test_cloud_init_refuses(option, value, what):
     assert option in done.stderr and what in done.stderr
 
 
+@pytest.mark.parametrize("secret, what", [
+    ("it's one of 16 or more", "letters, digits and"), (SECRET + "&", "letters, digits and"),
+    (SECRET[:15], "16 characters or more")])
+def test_cloud_init_refuses_the_secret(secret, what):
+    done = run(script("cloud-init"), "--secret", "-", input=secret + "\n", stdin=None)
+    assert done.returncode == 1 and not done.stdout
+    assert what in done.stderr and secret not in done.stderr
+
+
+def test_cloud_init_puts_no_secret_on_a_command_line(tmp_path, deb):
+    """With a stand-in before each program, which notes what it is given."""
+    bin, noted = tmp_path / "bin", tmp_path / "noted"
+    bin.mkdir()
+    for name in "base64 cat dirname dpkg-deb mktemp rm sed sha256sum wc".split():
+        (bin / name).write_text('#!/bin/sh\nprintf "%%s\\n" "$0" "$@" >>"%s"\nexec %s "$@"\n'
+                                % (noted, shutil.which(name)))
+        (bin / name).chmod(0o755)
+    done = run(script("cloud-init"), "--deb", deb, "--secret", "-", "--codex-api-key", "-",
+               input=SECRET + "\nsk-given\n", stdin=None,
+               env={"PATH": "%s:%s" % (bin, os.environ["PATH"])})
+    assert "'%s'" % SECRET in done.stdout and "'sk-given'" in done.stdout
+    text = noted.read_text()
+    assert "base64" in text and SECRET not in text and "sk-given" not in text
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_first_boot(tmp_path, good):
     """With stand-ins for what it calls. A setting that was filled in by hand and can't be used must
     not leave an engine running whose secret nobody knows."""
-    _, files = user_data(tmp_path, "--url", "https://host.test/e.deb", "--secret", "s3cret",
-                         "--codex-api-key", "sk-/a&b?", "--codex", "none")
+    _, files = user_data(tmp_path, "--url", "https://host.test/e.deb", "--secret", "-",
+                         "--codex-api-key", "-", "--codex", "none",
+                         secrets=SECRET + "\nsk-/a&b?\n")
     first_boot = files["/run/replicas-engine-first-boot"][1]
     for folder in ("/run/", "/etc/replicas-engine/"):
         first_boot = first_boot.replace(folder, "%s/" % tmp_path)
@@ -210,15 +250,15 @@ def test_first_boot(tmp_path, good):
         (bin / name).chmod(0o755)
     done = run("sh", str(tmp_path / "first-boot"),
                env={"PATH": "%s:%s" % (bin, os.environ["PATH"])})
-    setup = "setup %s --user ubuntu --port 3737 --secret -\ns3cret\n"
+    setup = "setup %s --user ubuntu --port 3737 --secret -\n%s\n"
     if good:
         assert done.returncode == 0, done
-        assert done.stdout == (setup % "--dry-run" + setup % "--allow-sandbox"
+        assert done.stdout == (setup % ("--dry-run", SECRET) + setup % ("--allow-sandbox", SECRET)
                                + "systemctl restart replicas-engine.service\n")
         assert (tmp_path / "settings.env").read_text().endswith("\nCODEX_API_KEY=sk-/a&b?\n")
     else:
         assert done.returncode == 1, done
-        assert done.stdout == setup % "--dry-run" + (
+        assert done.stdout == setup % ("--dry-run", SECRET) + (
             "systemctl disable --now replicas-engine.socket replicas-engine.service\n")
 
 
@@ -229,6 +269,13 @@ def test_cloud_init_with_the_package_in_it(deb, tmp_path):
     assert encoding == "b64"
     with open(deb, "rb") as file:
         assert base64.b64decode(content) == file.read()
+
+
+@pytest.mark.parametrize("option", ["--secret=" + SECRET, "--secret " + SECRET, "--secret= "])
+def test_install_takes_a_secret_from_standard_input_only(option):
+    done = run(script("install"), *option.split(" "), input=SECRET, stdin=None)
+    assert done.returncode == 1 and "standard input" in done.stderr
+    assert SECRET not in done.stderr
 
 
 def test_install_as_an_ordinary_user_says_so():
@@ -250,6 +297,62 @@ def test_the_command_says_what_it_is_for():
     done = run(*as_user, "sh", "-s", "--", "--check", input=open(script("replicas-engine")).read(),
                stdin=None, cwd="/")
     assert "sudo replicas-engine --check" in done.stderr
+
+
+# ---- get-codex
+
+@pytest.mark.parametrize("npm, machine, codex, asked", [
+    ("9.2.0", "x86_64", "latest", "--global @openai/codex@latest"),
+    ("6.14.4", "aarch64", "0.98.0", "--global @openai/codex@0.98.0"),
+    ("7.5.2", "x86_64", "latest", "--omit=optional --global @openai/codex-linux-x64@"
+     "npm:@openai/codex@0.169.0-linux-x64 @openai/codex@0.169.0"),
+    ("7.5.2", "aarch64", "latest", "--omit=optional --global @openai/codex-linux-arm64@"
+     "npm:@openai/codex@0.169.0-linux-arm64 @openai/codex@0.169.0"),
+    ("7.5.2", "x86_64", "0.98.0", "--global @openai/codex@0.98.0"),
+    ("7.5.2", "x86_64", "0.98.99", None), ("7.5.2", "riscv64", "1", "--global @openai/codex@1")])
+def test_get_codex(tmp_path, npm, machine, codex, asked):
+    """npm 7 is asked for this machine's Codex alone: it would take every platform's."""
+    for name, text in [("uname", "echo " + machine), ("npm", """case $*: in
+        --version:) echo %s ;;
+        "view @openai/codex@latest optionalDependencies.@openai/codex-"*:)
+            echo "npm:@openai/codex@0.169.0-${3##*/codex-}" ;;
+        "view @openai/codex@0.98.0 "*:) ;;
+        install*:) echo "$@" ;;
+        *) exit 1 ;;
+        esac""" % npm)]:
+        (tmp_path / name).write_text("#!/bin/sh\n%s\n" % text)
+        (tmp_path / name).chmod(0o755)
+    done = run(script("get-codex"), codex, "--global",
+               env={"PATH": "%s:%s" % (tmp_path, os.environ["PATH"])})
+    assert (done.returncode, done.stdout) == (
+        (0, "install %s\n" % asked) if asked else (1, "")), done
+
+
+# ---- replicas-engine-setup
+
+@pytest.fixture(scope="module")
+def setup_module():
+    loader = importlib.machinery.SourceFileLoader("replicas_engine_setup", script(SETUP))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    loader.exec_module(module)
+    sys.dont_write_bytecode = before
+    return module
+
+
+@pytest.mark.parametrize("before, after", [
+    ("", "NAME=new value\n"),
+    ("OTHER=1\nNAMES=2", "OTHER=1\nNAMES=2\nNAME=new value\n"),
+    ("# NAME=\n#NAME=old\nOTHER=1\n", "# NAME=\nNAME=new value\nOTHER=1\n"),
+    ("#NAME=\n NAME = a \\\nb\nOTHER=1\n", "#NAME=\nNAME=new value\nOTHER=1\n"),
+    ("NAME=old\r\nOTHER=1\r\n", "NAME=new value\nOTHER=1\r\n"),
+    ("NAME=new value\nNAME=old", "NAME=new value\nNAME=new value\n"),
+    ("X='a\n#NAME=1\nNAME=1'\n", "X='a\n#NAME=1\nNAME=1'\nNAME=new value\n"),
+    ("NAME='new value' #\n", "NAME=new value\n"),
+    ("NAME='new value'\n#x\n", "NAME='new value'\n#x\n")])
+def test_setup_changes_a_setting_and_nothing_else(setup_module, before, after):
+    changed = setup_module.SettingsFile(before).put("NAME", "new value")
+    assert changed.text == after and changed.values["NAME"] == "new value"
 
 
 # ---- try

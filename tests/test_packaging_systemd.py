@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -198,11 +199,11 @@ def test_bytecode(installed):
 def test_install_with_options(machine):
     machine.run("useradd --create-home alice")
     out = machine.install("--user alice --port=4000 --workspace '/srv/my work' --secret -",
-                          input="given-by-hand_1\r\n").stdout
+                          input="given-by-hand_16\r\n").stdout
     assert "answers on port 4000" in out and "alice in /srv/my work" in out
-    check_service(machine, "alice", 4000, "given-by-hand_1")
+    check_service(machine, "alice", 4000, "given-by-hand_16")
     assert machine.out("stat -c %U '/srv/my work'") == "alice"
-    status = json.loads(machine.get("/codex/status", "given-by-hand_1", 4000)[1])
+    status = json.loads(machine.get("/codex/status", "given-by-hand_16", 4000)[1])
     assert status["working_directory"] == "/srv/my work"
     listening = "cat /proc/net/tcp /proc/net/tcp6 | awk '$4 == \"0A\" { print $2 }'"
     assert [line.split(":")[1] for line in machine.out(listening).split()] == ["0FA0"]
@@ -214,7 +215,7 @@ def test_install_with_options(machine):
 
     # Another port and address, and back.
     machine.run("replicas-engine-setup --port 4001 --host 127.0.0.1")
-    check_service(machine, "alice", 4001, "given-by-hand_1")
+    check_service(machine, "alice", 4001, "given-by-hand_16")
     assert machine.out(listening).split() == ["0100007F:0FA1"]
     assert machine.get("/health", port=4000)[0] == 0
     out = machine.out("replicas-engine-setup --host ::1")
@@ -222,8 +223,8 @@ def test_install_with_options(machine):
     assert "http://[::1]:4001/" in turn
     assert "Codex" in json.loads(machine.out(turn.replace("sudo", "")))["error"]
     machine.run("replicas-engine-setup --port 3737 --host :: --user ubuntu --workspace /home/ubuntu"
-                " --secret by-hand.2")
-    check_service(machine, "ubuntu", 3737, "by-hand.2")
+                " --secret -", input="another-by-hand.2")
+    check_service(machine, "ubuntu", 3737, "another-by-hand.2")
     assert machine.out("curl -s 'http://[::1]:3737/health'")
     assert machine.out("ls /etc/systemd/system | grep replicas || true") == ""
 
@@ -245,8 +246,11 @@ def test_install_says_what_is_missing_and_changes_nothing(machine):
             ("--port 4000 --workspace /tmp/work", "a /tmp and /var/tmp of its own"),
             ("--port 4000 --workspace relative/path", "an absolute path is needed"),
             ("--port 4000 --workspace /etc/passwd", "is not a directory"),
-            ("--port 4000 --secret 'with \"quotes\"'", "--secret: letters, digits and"),
-            ("--port 4000 --secret ''", "--secret needs a value"),
+            ("--port 4000 --secret - <<END\nwith-twenty-\"quotes\"\nEND", "--secret: letters, digits"),
+            ("--port 4000 --secret - <<END\nfifteen-of-them\nEND", "less than 16 characters"),
+            ("--port 4000 --secret - </dev/null", "--secret -: nothing on standard input"),
+            ("--port 4000 --secret on-a-command-line", "--secret needs -, and the secret on"),
+            ("--port 4000 --secret", "--secret needs a value"),
             ("--port 4000 --with-codex", "apt-get install npm"),
             ("--nonsense", "unknown option: --nonsense"),
             ("--port", "--port needs a value")]:
@@ -291,12 +295,96 @@ def test_directories_in_the_settings(installed):
     assert re.search("(?m)^ok +state: /srv/deep/state$", checked)
 
 
+def test_setup_applies_what_stands_in_the_settings(installed):
+    machine = installed
+    settings, pid = machine.read(SETTINGS), machine.pid()
+    environment = "tr '\\0' '\\n' </proc/%d/environ"
+
+    def change(text):
+        machine.write(SETTINGS, settings + text, 0o600)
+
+    # A change restarts the service; the next run doesn't.
+    change("REPLICAS_ENGINE_MODEL=mine\n")
+    machine.run("replicas-engine-setup")
+    assert machine.pid() != pid
+    pid = machine.pid()
+    assert "REPLICAS_ENGINE_MODEL=mine" in machine.out(environment % pid).split("\n")
+    machine.run("replicas-engine-setup")
+    assert machine.pid() == pid
+
+    # Neither does it where somebody else restarted the service after the change.
+    change("")
+    machine.run("systemctl restart replicas-engine")
+    pid = machine.pid()
+    machine.run("replicas-engine-setup")
+    assert machine.pid() == pid
+    assert "REPLICAS_ENGINE_MODEL=mine" not in machine.out(environment % pid).split("\n")
+    assert machine.out("stat -c '%a %U' /run/replicas-engine-started-with") == "600 root"
+
+    # What the engine would refuse is refused, in its words, and nothing is changed.
+    for text, what in [
+            ("REPLICAS_ENGINE_SANDBOX=full\n", "REPLICAS_ENGINE_SANDBOX=full is none of"),
+            ("REPLICAS_ENGINE_IDLE_TIMEOUT='1 h'\n", "REPLICAS_ENGINE_IDLE_TIMEOUT=1 h is not"),
+            ("PORT=http\n", "a number from 1 to 65535 is needed, not http"),
+            ("REPLICAS_ENGINE_SECRET=fifteen-of-them\n", "less than 16 characters"),
+            ("A note.\n", "not NAME=value; mend or delete it.")]:
+        change(text)
+        before = machine.files()
+        done = machine.run("replicas-engine-setup --workspace /home/ubuntu/new", check=False)
+        assert done.returncode == 1 and what in done.stderr, (text, done)
+        assert "Nothing was changed." in done.stderr and "Traceback" not in done.stderr
+        assert machine.files() == before and machine.pid() == pid
+
+
+def check_reading(machine):
+    """Settings of random characters: setup knows what systemd makes of them, or refuses them."""
+    draw = random.Random(11)
+    texts = []
+    for _ in range(40):
+        lines = ["%s%s=%s" % (draw.choice(["", "", " "]), draw.choice("VWXYZ"), "".join(
+            draw.choice("ab \t\\'\"#;=$`é") for _ in range(draw.randrange(9)))) for _ in range(3)]
+        lines += draw.sample(["", "# note", "; note \\", "#\\ note", "no setting", "export W=1", "V"],
+                             2) if draw.random() < 0.5 else []
+        draw.shuffle(lines)
+        texts.append(draw.choice(["\n", "\n", "\r\n"]).join(lines) + draw.choice(["", "\n"]))
+    machine.write("/srv/texts.json", json.dumps(texts))
+    found = json.loads(machine.out("python3 -IB -", input=READ_SETTINGS, timeout=120))
+    for text, (values, complaint, systemd) in zip(texts, found):
+        assert complaint or values == systemd, (text, values, systemd)
+    assert sum(not complaint for _, complaint, _ in found) > 10
+
+
+# What setup and what systemd make of each of the texts.
+READ_SETTINGS = r"""
+import importlib.machinery, importlib.util, json, subprocess
+loader = importlib.machinery.SourceFileLoader("setup", "/usr/sbin/replicas-engine-setup")
+setup = importlib.util.module_from_spec(importlib.util.spec_from_loader("setup", loader))
+loader.exec_module(setup)
+found = []
+for text in json.load(open("/srv/texts.json")):
+    with open("/srv/texts.env", "w", newline="") as file:
+        file.write(text)
+    settings = setup.SettingsFile(setup.read("/srv/texts.env"))
+    out = subprocess.run(["systemd-run", "--quiet", "--wait", "--pipe", "--collect", "--property="
+                          "EnvironmentFile=/srv/texts.env", "/usr/bin/env", "-0"], check=True,
+                         stdout=subprocess.PIPE).stdout.decode()
+    systemd = dict(line.split("=", 1) for line in out.split("\0") if line[:1] in "VWXYZ"
+                   and line[1:2] == "=")
+    found.append((settings.values, settings.complaint, systemd))
+print(json.dumps(found))
+"""
+
+
+def test_settings_are_read_as_systemd_reads_them(installed):
+    check_reading(installed)
+
+
 def test_install_with_codex(machine):
     machine.write("/usr/local/bin/npm", '#!/bin/sh\necho "$@" >/srv/npm-called\n'
                   "printf '#!/bin/sh\\necho codex-cli 0.169.0\\n' >/usr/local/bin/codex\n"
                   "chmod 755 /usr/local/bin/codex\n", 0o755)
     machine.install("--with-codex")
-    assert machine.read("/srv/npm-called") == "install --global @openai/codex\n"
+    assert machine.read("/srv/npm-called") == "install --global @openai/codex@latest\n"
     check_service(machine)
     machine.run("rm /srv/npm-called")
     machine.install("--with-codex")
@@ -396,6 +484,17 @@ def test_deb_where_there_is_no_such_user(machine, deb):
     assert check_service(machine, "debian") == secret
 
 
+def test_deb_upgrades_an_engine_with_a_short_secret(machine, deb, newer_deb):
+    """As 0.1.0's machines may have one: it is said, and costs nothing."""
+    machine.run("dpkg -i " + put(machine, deb))
+    machine.run("sed -i 's/^REPLICAS_ENGINE_SECRET=.*/REPLICAS_ENGINE_SECRET=short/' %s;"
+                " systemctl restart replicas-engine" % SETTINGS)
+    done = machine.run("dpkg -i " + put(machine, newer_deb))
+    assert "less than 16 characters" in done.stderr
+    assert "replicas-engine 9.9.9 answers" in done.stdout
+    assert machine.get("/ping", "short")[0] == 200
+
+
 def test_deb_where_no_systemd_runs(deb):
     """As when an image is built: enabled, not started."""
     with Machine() as machine:
@@ -414,6 +513,8 @@ def test_on_the_oldest_debian(deb):
         before = machine.files()
         machine.install("--port 4000")
         check_service(machine, port=4000)
+        check_reading(machine)
+        machine.run("rm /srv/texts.*")
         verify = machine.run(VERIFY)
         assert verify.stdout + verify.stderr == ""
         machine.install("--uninstall")
@@ -427,8 +528,8 @@ def test_on_the_oldest_debian(deb):
 
 def test_cloud_init(tmp_path, deb):
     data = subprocess.run(
-        [CLOUD_INIT, "--deb", deb, "--secret", "fleet-secret", "--codex-api-key", "sk-/&given",
-         "--port", "4000"],
+        [CLOUD_INIT, "--deb", deb, "--secret", "-", "--codex-api-key", "-", "--port", "4000"],
+        input="the-fleet-s-secret\nsk-/&given\n",
         stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
     with Machine(["cloud-init"]) as machine:
         seed = "/var/lib/cloud/seed/nocloud/"
@@ -445,7 +546,7 @@ def test_cloud_init(tmp_path, deb):
         assert "status: done" in done.stdout, done.stdout + log
         schema = machine.run("cloud-init schema --config-file %suser-data" % seed)
         assert "Valid schema" in schema.stdout, schema
-        check_service(machine, port=4000, secret="fleet-secret")
+        check_service(machine, port=4000, secret="the-fleet-s-secret")
         assert "\nCODEX_API_KEY=sk-/&given\n" in machine.read(SETTINGS)
         assert machine.read("/srv/npm-called") == "install --global @openai/codex@latest\n"
         assert machine.out("ls /run/replicas-engine.deb* 2>/dev/null || true") == ""
@@ -456,7 +557,7 @@ def test_cloud_init(tmp_path, deb):
         machine.halt()
         machine.boot()
         machine.run("cloud-init status --wait", check=False, timeout=120)
-        check_service(machine, port=4000, secret="fleet-secret")
+        check_service(machine, port=4000, secret="the-fleet-s-secret")
         assert machine.read(SETTINGS) == settings
         assert not os.path.exists(machine.path("/srv/npm-called"))
 
@@ -470,6 +571,28 @@ def test_units(installed):
     score = float(re.search(r"exposure level for \S+: ([0-9.]+)", security).group(1))
     print("systemd-analyze security: %s" % score)
     assert score <= 3.0
+
+
+def test_restart_leaves_what_the_user_has_in_shared_memory(installed):
+    installed.run("setpriv --reuid=ubuntu --clear-groups touch /dev/shm/the-users")
+    installed.run("systemctl restart replicas-engine; test -e /dev/shm/the-users")
+
+
+def test_needrestart_leaves_the_engine_alone():
+    """With a library of its process replaced, as by an upgrade of Debian's."""
+    with Machine(["needrestart"]) as machine:
+        machine.boot()
+        machine.install()
+        pid = machine.pid()
+        library = machine.out("awk '/libz|libexpat|libc[.]so/ { print $6; exit }' /proc/%d/maps" % pid)
+        machine.run("cp -p {0} {0}.new; mv {0}.new {0}".format(library))
+        assert library in machine.out("grep deleted /proc/%d/maps" % pid)
+        named = machine.run("needrestart -l -r a")
+        print(named.stdout, named.stderr)
+        assert machine.pid() == pid and "replicas-engine.service" in named.stdout
+        # Without the file it would have been restarted.
+        machine.run("rm /etc/needrestart/conf.d/replicas-engine.conf; needrestart -l -r a")
+        machine.wait_for(lambda: machine.pid() != pid)
 
 
 @pytest.fixture
