@@ -680,6 +680,9 @@ class Request:
         length = self.environ.get("CONTENT_LENGTH") or None
         if length is None and not self.environ.get("HTTP_TRANSFER_ENCODING"):
             return b""
+        if (self.header("Content-Encoding") or "identity").strip().lower() != "identity":
+            raise HTTPError(415, "Unsupported content coding", "send the body as it is, without "
+                            "Content-Encoding", [("Accept-Encoding", "identity")])
         too_large = HTTPError(413, "Request body too large",
                               "the body may have at most %d bytes: see REPLICAS_ENGINE_MAX_BODY"
                               % limit)
@@ -751,12 +754,18 @@ class Router:
         """Raises HTTPError 404 or 405 (RFC 9110, 15.5.5 and 15.5.6)."""
         methods = self.paths.get(re.sub(r"/[0-9]+\Z", "/N", path))
         if methods is None:
-            raise HTTPError(404, "Not found", "there is nothing at %s" % path)
+            plain = path.rstrip("/")
+            raise HTTPError(404, "Not found", "there is nothing at %s%s" % (
+                path, ", but at %s" % plain if plain in self.paths else ""))
         if method not in methods:
             allowed = ", ".join(sorted(methods))
             raise HTTPError(405, "Method not allowed", "%s allows %s" % (path, allowed),
                             [("Allow", allowed)])
         return methods[method]
+
+
+HOW_TO_SHOW_THE_SECRET = ("send the engine's REPLICAS_ENGINE_SECRET, once, as "
+                          "X-Replicas-Engine-Secret: … or Authorization: Bearer …")
 
 
 def check_secret(request, secret):
@@ -773,10 +782,10 @@ def check_secret(request, secret):
         given = token.strip(" \t") if scheme.lower() == "bearer" else ""
     if not given:
         raise HTTPError(401, "Unauthorized: X-Replicas-Engine-Secret header required",
-                        headers=[("WWW-Authenticate", "Bearer")])
+                        HOW_TO_SHOW_THE_SECRET, [("WWW-Authenticate", "Bearer")])
     if not hmac.compare_digest(given.encode("latin-1", "replace"), secret):
-        raise HTTPError(401, "Unauthorized: Invalid secret",
-                        headers=[("WWW-Authenticate", "Bearer")])
+        raise HTTPError(401, "Unauthorized: Invalid secret", HOW_TO_SHOW_THE_SECRET,
+                        [("WWW-Authenticate", "Bearer")])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1261,16 +1270,21 @@ class EventStream:
         self.file.close()
 
 
+def check_room_for_stream(request):
+    """Raise HTTPError 503 where the server has none: see WSGIServer."""
+    if request.environ.get("replicas_engine.crowded"):
+        raise HTTPError(503, "Too many connections are open", "the last ones are not for streams: "
+                        "see REPLICAS_ENGINE_MAX_CONNECTIONS", [("Retry-After", "5")])
+
+
 def event_stream(request, turn_log, offset):
     """The response with a turn's stream from `offset` on.  Raises HTTPError."""
-    if request.environ.get("replicas_engine.crowded"):
-        raise HTTPError(503, "Too many connections are open",
-                        "the last ones are not for streams: see REPLICAS_ENGINE_MAX_CONNECTIONS",
-                        [("Retry-After", "5")], turn_id=turn_log.turn_id)
     may_be_gone = request.environ.get("replicas_engine.may_be_gone", lambda: False)
-    return Response(EventStream(turn_log, offset, may_be_gone), 200,
-                    [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
-                     ("X-Accel-Buffering", "no"), ("X-Replicas-Turn-Id", str(turn_log.turn_id))])
+    mark = hashlib.sha256(turn_log.header.get("mark", "").encode()).hexdigest()[:16]
+    return Response(EventStream(turn_log, offset, may_be_gone), 200, [
+        ("Content-Type", "text/event-stream; charset=utf-8"),
+        ("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"),
+        ("X-Replicas-Turn-Id", str(turn_log.turn_id)), ("X-Replicas-Turn-Mark", mark)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2040,6 +2054,8 @@ def _image_of_path(path, settings):
 
 def _image(image, settings):
     """The bytes of an image that is given by path or URL, and the type that they say it has."""
+    if re.match(r"[a-z]+://", image, re.IGNORECASE):
+        raise ValueError("must be a path in the workspace, or a data: URL")
     try:
         read = _image_of_url if image[:5].lower() == "data:" else _image_of_path
         data = read(image, settings)
@@ -3263,8 +3279,11 @@ class Application:
     def send(self, request):
         body, fingerprint = self._message(request.body)
         message = body.get("message")
-        if not message or not isinstance(message, str):
-            raise HTTPError(400, "Message is required and must be a string")
+        if not isinstance(message, str) or not message.strip():
+            raise HTTPError(400, "Message is required and must be a string",
+                            "it is blank" if isinstance(message, str) and message else None)
+        if not prefers_async(request):
+            check_room_for_stream(request)
         key = request.header("Idempotency-Key")
         if key is not None and not 1 <= len(key) <= 255:
             raise bad_parameter("Idempotency-Key", "must be 1 to 255 characters long")
@@ -3275,8 +3294,18 @@ class Application:
         if prefers_async(request):
             summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
                        "status": turn_log.summary()["status"]}
-            return json_response(summary, 202, [("Preference-Applied", "respond-async")])
-        return event_stream(request, turn_log, turn_log.start)
+            response = json_response(summary, 202, [("Preference-Applied", "respond-async")])
+        else:
+            response = event_stream(request, turn_log, turn_log.start)
+        response.headers += self._ignored_keys(body)
+        return response
+
+    @staticmethod
+    def _ignored_keys(body):
+        """A header that names the body's keys that mean nothing: one may be misspelt."""
+        unknown = set(body) - {"message"} - {option.key for option in TURN_OPTIONS}
+        names = [name for name in sorted(unknown) if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)]
+        return [("X-Replicas-Ignored-Keys", ", ".join(names[:20]))] if names else []
 
     @staticmethod
     def _message(body):
@@ -3294,6 +3323,7 @@ class Application:
     # GET /codex/events
 
     def events(self, request):
+        check_room_for_stream(request)
         query = request.query()
         name = "after" if "after" in query else "Last-Event-ID"
         position = query.get("after", request.header("Last-Event-ID"))

@@ -93,8 +93,10 @@ def test_ping(client):
     assert client.json["timestamp"].endswith("Z") and len(client.json["timestamp"]) == 24
 
 
-WITHOUT = {"error": "Unauthorized: X-Replicas-Engine-Secret header required"}
-WRONG = {"error": "Unauthorized: Invalid secret"}
+HOW = ("send the engine's REPLICAS_ENGINE_SECRET, once, as "
+       "X-Replicas-Engine-Secret: … or Authorization: Bearer …")
+WITHOUT = {"error": "Unauthorized: X-Replicas-Engine-Secret header required", "details": HOW}
+WRONG = {"error": "Unauthorized: Invalid secret", "details": HOW}
 
 
 @pytest.mark.parametrize("headers, error", [
@@ -182,6 +184,45 @@ def test_bodies_that_are_no_message(client, body, error):
     assert client("GET", "/codex/status").json["turn"] is None
 
 
+def test_a_message_of_blanks(client):
+    for message in (" ", "\n\t ", "\u3000"):
+        client("POST", "/codex/send", json.dumps({"message": message}).encode())
+        assert client.status == 400 and client.json == {
+            "error": "Message is required and must be a string", "details": "it is blank"}
+
+
+def test_keys_that_mean_nothing_are_named(client):
+    body = {"message": "Hello", "sandbox_mod": "read-only", "cwd": "/", "a b": 1, "m\r\n": 2}
+    client("POST", "/codex/send", json.dumps(body).encode())
+    assert client.headers["X-Replicas-Ignored-Keys"] == "cwd, sandbox_mod"
+    client("POST", "/codex/send", b'{"message":"Hello"}')
+    assert "X-Replicas-Ignored-Keys" not in client.headers
+
+
+def test_a_body_that_is_compressed(client):
+    client("POST", "/codex/send", b"\x1f\x8b\x08", HTTP_CONTENT_ENCODING="gzip")
+    assert client.status == 415 and "without Content-Encoding" in client.json["details"]
+    assert client.headers["Accept-Encoding"] == "identity"      # RFC 9110, 15.5.16
+    client("POST", "/codex/send", b'{"message":"Hello"}', HTTP_CONTENT_ENCODING="Identity")
+    assert client.status == 200
+
+
+def test_a_path_with_a_slash_too_many(client):
+    assert client("GET", "/ping/").json["details"] == "there is nothing at /ping/, but at /ping"
+    assert client("GET", "/pong/").json["details"] == "there is nothing at /pong/"
+
+
+def test_a_turn_of_another_machine_has_another_mark(client, make_client, tmp_path):
+    """A machine that was set back gives ids again: X-Replicas-Turn-Mark tells."""
+    marks = []
+    for one in (client, make_client(REPLICAS_ENGINE_STATE=str(tmp_path / "other"))):
+        one("POST", "/codex/send", b'{"message":"Hello"}')
+        marks.append(one.headers["X-Replicas-Turn-Mark"])
+        one("GET", "/codex/events?turn=1")
+        assert one.headers["X-Replicas-Turn-Mark"] == marks[-1]
+    assert len(set(marks)) == 2
+
+
 def test_a_body_that_is_too_large(make_client):
     client = make_client(REPLICAS_ENGINE_MAX_BODY="100")
     assert client("POST", "/codex/send", b'{"message":"%s"}' % (b"x" * 100)).status == 413
@@ -212,8 +253,8 @@ def test_a_key_that_is_unknown_may_be_anything(client):
 def test_a_turn_whatever_the_content_type(client, content_type):
     body = b'\xef\xbb\xbf{"message":"hi","unknown":[1]}'
     assert client("POST", "/codex/send", body, CONTENT_TYPE=content_type).status == 200
-    assert client.headers["Content-Type"] == "text/event-stream"
-    assert client.headers["Cache-Control"] == "no-cache"
+    assert client.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert client.headers["Cache-Control"] == "no-cache, no-transform"
     assert client.headers["X-Accel-Buffering"] == "no"
     assert client.headers["X-Replicas-Turn-Id"] == "1"
     events = harness.check_stream(harness.parse_events(client.body))

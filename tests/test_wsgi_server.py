@@ -398,6 +398,45 @@ def test_who_has_shown_the_secret_is_answered_above_the_limit(make_engine, tmp_p
     wait_for(lambda: engine.get("/codex/events").status == 200)
 
 
+def test_localhost_is_both_its_addresses(serve):
+    listeners = replicas_engine.listen("localhost", 0)
+    try:
+        names = [listener.getsockname() for listener in listeners]
+        assert {name[0] for name in names} <= {"127.0.0.1", "::1"} and len(names) >= 1
+        assert len({name[1] for name in names}) == 1
+        if len(socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM)) == 2:
+            assert len(names) == 2
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def test_a_unix_socket(make_engine, tmp_path):
+    """A second start takes the place of a socket on which nobody listens, and of no other."""
+    path = str(tmp_path / "engine.sock")
+    engine = make_engine(start=False, HOST="unix:" + path, PORT=None)
+
+    def answers():
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            sock.sendall(PING.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            with sock.makefile("rb") as file:
+                return b"pong" in file.read()
+        return False
+
+    for _ in range(2):
+        engine.start(wait=False)
+        wait_for(answers, "the engine to answer")
+        assert path in engine.log()
+        engine.kill()
+    engine.start(wait=False)
+    wait_for(answers)
+    other = make_engine("other", start=False, HOST="unix:" + path, PORT=None)
+    other.start(wait=False)
+    assert other.process.wait(timeout=harness.PATIENCE) == 1 and path in other.log()
+    assert answers()
+
+
 def test_a_client_that_vanishes_without_a_word(engine):
     """The kernel asks for it: tcp(7)."""
     with socket.create_connection(("127.0.0.1", engine.port)) as sock:
