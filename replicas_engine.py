@@ -156,12 +156,28 @@ def shut_out_others():
     prctl(PR_SET_DUMPABLE, 0)
 
 
+# Of a path that leads nowhere, or to nothing of ours.  Other errors say nothing of what is there.
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)
+
+
 def list_folder(folder):
-    """The names in a folder; none if it can't be listed."""
+    """The names in a folder; none if there is no such folder.  Raises OSError."""
     try:
         return os.listdir(folder)
-    except OSError:
-        return []
+    except OSError as error:
+        if error.errno in ABSENT:
+            return []
+        raise
+
+
+def is_regular(path):
+    """Whether there is a regular file.  Raises OSError."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return False
+        raise
 
 
 def open_regular(path, buffering=-1):
@@ -528,6 +544,7 @@ class Settings:
         self.state = self._path("REPLICAS_ENGINE_STATE", self._default_state())
         self.max_body = self._number("REPLICAS_ENGINE_MAX_BODY", 32 * 1024 * 1024, least=1)
         self.max_connections = self._number("REPLICAS_ENGINE_MAX_CONNECTIONS", 256, least=1)
+        self.max_history = self._number("REPLICAS_ENGINE_MAX_HISTORY", 4 * 1024 ** 3, least=1)
 
     @classmethod
     def from_process(cls):
@@ -1512,7 +1529,7 @@ class TurnProcesses:
 
 def existing_rollout(plain):
     """The path of the rollout `plain`, or that of its compressed form, or None."""
-    return next(filter(os.path.isfile, (plain, plain + ".zst")), None)
+    return next(filter(is_regular, (plain, plain + ".zst")), None)
 
 
 def likely_days(thread_id):
@@ -1540,26 +1557,59 @@ def json_line(line):
     return text
 
 
-def decompress(path, packed, file):
-    """Write the text of the open file `packed`, which is the one at `path`, into `file`."""
+def decompressed(path, packed):
+    """The text of the open compressed rollout `packed`, which is the one at `path`, in blocks; in
+    at most some 128 MiB of memory, whatever the file asks for.  Raises OSError, and HTTPError 500
+    where there is nothing to decompress it with."""
     try:
         from compression import zstd                        # Python 3.14 and newer
-        with zstd.open(packed) as text:
-            shutil.copyfileobj(text, file, BLOCK_SIZE)
-        file.flush()
-        return
     except ImportError:
-        program = shutil.which("zstd")
+        yield from decompressed_by_program(path, packed)
+        return
+    window = {zstd.DecompressionParameter.window_log_max: 27}
+    try:
+        with zstd.open(packed, options=window) as text:
+            yield from iter(lambda: text.read(BLOCK_SIZE), b"")
     except (EOFError, zstd.ZstdError) as error:
         raise OSError(errno.EIO, str(error), path) from None
+
+
+def decompressed_by_program(path, packed):
+    program = shutil.which("zstd")
     if program is None:
         raise HTTPError(500, "The rollout is compressed",
                         "%s: install the program zstd (apt-get install zstd) to read it" % path)
     # No variable but the mark: the agent may look into its environment, and gets no secret there.
-    exit_status = start_process([program, "-dcq"], stdin=packed, stdout=file,
-                                stderr=subprocess.DEVNULL, env={MARK: "engine"}).wait()
+    child = start_process([program, "-dcq", "-M128MB"], stdin=packed, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, env={MARK: "engine"})
+    with child.stdout:
+        try:
+            yield from iter(lambda: child.stdout.read(BLOCK_SIZE), b"")
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            exit_status = child.wait()
     if exit_status:
         raise OSError(errno.EIO, "zstd can't decompress it: exit status %d" % exit_status, path)
+
+
+ROLLOUT_PROBLEMS = {                       # an error's number: status, what to do
+    errno.ENOSPC: (507, "make room where CODEX_HOME lies: a compressed rollout is unpacked there"),
+    errno.EDQUOT: (507, "make room where CODEX_HOME lies: a compressed rollout is unpacked there"),
+    errno.EMFILE: (503, "try again"), errno.ENFILE: (503, "try again"),
+    errno.ENOMEM: (503, "try again")}
+
+
+@contextlib.contextmanager
+def readable_rollout(thread_id):
+    """Within, an OSError becomes an HTTPError that says whose fault it is."""
+    try:
+        yield
+    except OSError as error:
+        status, advice = ROLLOUT_PROBLEMS.get(error.errno, (500, "see its file system"))
+        raise HTTPError(status, "The rollout can't be read", "%s: %s: %s" % (
+            error.filename or "the rollout of " + thread_id, error.strerror, advice)) from None
 
 
 class RolloutReader:
@@ -1575,14 +1625,21 @@ class RolloutReader:
         self.stat = os.fstat(self.file.fileno())
         self.end = 0
 
-    def unpack(self):
+    def unpack(self, max_size):
         """Make the text ready to be read.  A compressed one goes into a file without a name in the
-        same folder: so it need not fit into memory, and is known to be whole before it is sent."""
+        same folder: so it need not fit into memory, and is known to be whole before it is sent.
+        Raises HTTPError 413 if it has more than `max_size` bytes."""
         if self.path.endswith(".zst"):
             import tempfile                 # seldom needed, and not cheap
-            with self.file as packed:
-                self.file = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
-                decompress(self.path, packed, self.file)
+            with self.file as packed, contextlib.closing(decompressed(self.path, packed)) as blocks:
+                self.file = tempfile.TemporaryFile(dir=os.path.dirname(self.path), buffering=0)
+                for block in blocks:
+                    max_size -= len(block)
+                    if max_size < 0:
+                        raise HTTPError(413, "The rollout is too large",
+                                        "%s unpacks to more than REPLICAS_ENGINE_MAX_HISTORY allows"
+                                        % self.path)
+                    write_all(self.file.fileno(), block)
         self.end = os.fstat(self.file.fileno()).st_size
         self.end = find_last(self.read, b"\n", self.end) + 1
 
@@ -1666,9 +1723,10 @@ class Rollouts:
                 return path and RolloutReader(path)
 
     def find(self, thread_id):
-        """The path of the thread's rollout, or None."""
+        """The path of the thread's rollout, or None.  Raises HTTPError if it can't be told."""
         found_id, plain = self._found
-        return (found_id == thread_id and existing_rollout(plain)) or self._search(thread_id)
+        with readable_rollout(thread_id):
+            return (found_id == thread_id and existing_rollout(plain)) or self._search(thread_id)
 
     def _search(self, thread_id):
         name = re.compile(r"(rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl)(?:\.zst)?"
@@ -1768,7 +1826,7 @@ def matches(condition, tag):
     return condition.strip() == "*" or tag[len("W/"):] in tags
 
 
-def open_history(request, reader, thread_id, wanted):
+def open_history(request, reader, thread_id, wanted, max_size):
     """The answer from an open rollout, which it closes unless its text is still to be sent."""
     with contextlib.ExitStack() as stack:
         stack.callback(reader.close)
@@ -1776,7 +1834,7 @@ def open_history(request, reader, thread_id, wanted):
                    ("ETag", entity_tag(reader, request))]
         if matches(request.header("If-None-Match"), headers[-1][1]):
             return Response([], 304, headers[1:])
-        reader.unpack()
+        reader.unpack(max_size)
         begin = wanted.offset if wanted.tail is None else reader.last_lines(wanted.tail)
         if not reader.is_line(begin):
             raise cursor_is_gone("is not a place in this thread's history")
@@ -1788,18 +1846,16 @@ def open_history(request, reader, thread_id, wanted):
         return Response(HistoryPage(thread_id, reader, begin, wanted.limit, coding), 200, headers)
 
 
-def history_response(request, rollouts, thread_id):
-    """The answer to `GET /codex/history` while `thread_id` is the current thread, or None."""
+def history_response(request, rollouts, thread_id, max_size):
+    """The answer to `GET /codex/history` while `thread_id` is the current thread, or None; a
+    compressed rollout may have at most `max_size` bytes."""
     wanted = HistoryQuery(request.query(), thread_id)
     if thread_id is None:
         return json_response({"message": "No active thread", "thread_id": None, "events": []})
-    try:
+    with readable_rollout(thread_id):
         reader = rollouts.open(thread_id)
         if reader:
-            return open_history(request, reader, thread_id, wanted)
-    except OSError as error:
-        raise HTTPError(500, "The rollout can't be read", "%s: %s" % (
-            error.filename or rollouts.find(thread_id), error.strerror)) from None
+            return open_history(request, reader, thread_id, wanted, max_size)
     if wanted.offset:
         raise cursor_is_gone("is beyond the end")
     return json_response({"thread_id": thread_id, "events": [], "cursor": "%s.0" % thread_id})
@@ -1921,7 +1977,8 @@ class CodexFinder:
             raise unavailable("Codex CLI not found",
                               "CODEX_PATH=%s is not an executable file" % chosen)
         program = chosen or shutil.which("codex", path=self.settings.env.get("PATH", os.defpath))
-        program = program or next(filter(is_program, self._global_places()), None)
+        with explained("Codex CLI can't be looked for", "try again, or set CODEX_PATH"):
+            program = program or next(filter(is_program, self._global_places()), None)
         if program is None:
             raise unavailable("Codex CLI not found", HOW_TO_INSTALL)
         return native_codex(os.path.realpath(program)) or Codex(os.path.abspath(program))
@@ -3352,7 +3409,8 @@ class Application:
     # GET /codex/history
 
     def history(self, request):
-        return history_response(request, self.runner.rollouts, self.runner.thread_id)
+        return history_response(request, self.runner.rollouts, self.runner.thread_id,
+                                self.settings.max_history)
 
     # GET /codex/status
 
