@@ -619,13 +619,19 @@ def reason_phrase(status):
 
 
 class Response:
-    """A status code, header fields and a body: an iterable of bytes."""
+    """A status code, header fields and a body: an iterable of bytes.
+
+    Unless a field says otherwise no cache may store it: a shared one would hand it out without the
+    secret (RFC 9111, 3.5 protects Authorization alone).
+    """
 
     __slots__ = ("status", "headers", "body")
 
     def __init__(self, body, status=200, headers=()):
         self.status = status
         self.headers = list(headers)
+        if not any(name == "Cache-Control" for name, _ in self.headers):
+            self.headers.append(("Cache-Control", "no-store"))
         self.body = body
 
 
@@ -1298,6 +1304,8 @@ def event_stream(request, turn_log, offset):
     """The response with a turn's stream from `offset` on.  Raises HTTPError."""
     may_be_gone = request.environ.get("replicas_engine.may_be_gone", lambda: False)
     mark = hashlib.sha256(turn_log.header.get("mark", "").encode()).hexdigest()[:16]
+    # The charset is for clients that else read text as ISO-8859-1 (Python's requests); no-transform
+    # keeps the compression of Express, Next.js and the like from holding the events back.
     return Response(EventStream(turn_log, offset, may_be_gone), 200, [
         ("Content-Type", "text/event-stream; charset=utf-8"),
         ("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"),
@@ -1831,7 +1839,7 @@ def open_history(request, reader, thread_id, wanted, max_size):
     with contextlib.ExitStack() as stack:
         stack.callback(reader.close)
         headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding"),
-                   ("ETag", entity_tag(reader, request))]
+                   ("Cache-Control", "private, no-cache"), ("ETag", entity_tag(reader, request))]
         if matches(request.header("If-None-Match"), headers[-1][1]):
             return Response([], 304, headers[1:])
         reader.unpack(max_size)
