@@ -2066,9 +2066,14 @@ class CodexFinder:
 # the settings and returns what goes to Codex, or raises ValueError with what is wrong with it.
 
 # What Codex 0.50 can't do: of 60 turns with an image, in every form of the command line, 48 hung.
-FIRST_WITH_IMAGES = FIRST_WITH_ALL_EFFORTS = (0, 98)
+FIRST_WITH_IMAGES = (0, 98)
 MAX_IMAGES = 100                           # of a turn; the command line has to hold their names
-REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra",
+                     "persistent")
+# The first version of Codex that knows it, where not every one does.  From 0.138 on Codex takes any
+# word, and hands one that it doesn't know on to the model.
+FIRST_WITH_EFFORT = {"none": (0, 58), "xhigh": (0, 59), "max": (0, 138), "ultra": (0, 143),
+                     "persistent": (0, 151)}
 IMAGE_TYPES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"),
                (rb"GIF8[79]a", "gif"), (rb"RIFF....WEBP", "webp"))
 
@@ -2199,7 +2204,7 @@ TURN_OPTIONS = (
     TurnOption("model", _name, lambda model: ["--model=" + model]),
     TurnOption("reasoning_effort", _one_of(*REASONING_EFFORTS),
                lambda effort: config_argument("model_reasoning_effort", effort),
-               lambda effort: FIRST_WITH_ALL_EFFORTS if effort in ("none", "xhigh") else None),
+               FIRST_WITH_EFFORT.get),
     TurnOption("sandbox_mode", _one_of(*SANDBOX_MODES), lambda mode: ["--sandbox", mode]),
     TurnOption("network_access", _boolean,
                lambda on: config_argument("sandbox_workspace_write.network_access", on)),

@@ -17,7 +17,7 @@ from conftest import unavailable
 from replicas_engine import (HTTPError, CodexFinder, Settings, TurnOptions, codex_arguments,
                              codex_environment, config_argument)
 
-REAL_VERSIONS = ("0.169.0", "0.98.0", "0.50.0")
+REAL_VERSIONS = harness.CODEX_VERSIONS
 TRIPLE, DEPENDENCY = replicas_engine.PLATFORMS.get(os.uname().machine, (None, None))
 ON_A_PLATFORM = pytest.mark.skipif(TRIPLE is None, reason="there is no Codex for this machine")
 
