@@ -377,8 +377,10 @@ REFUSED = (
     + wrong([[""], ["\0"], ["in.png\0"], ["x" * 10 ** 6], ["a/" * 10 ** 6], ["../" * 2000]],
             "images", "number 1: is not a path")
     + wrong([["x" * 300]], "images", "number 1: File name too long")
-    + wrong([["missing.png"], ["in.png/x"], ["--flag"], ["-c"], ["a\nb"], ["$(id)"], ["http://x/y"],
-             ["file:///etc/passwd"], ["in.png,in.png"]], "images", "number 1: N")
+    + wrong([["missing.png"], ["in.png/x"], ["--flag"], ["-c"], ["a\nb"], ["$(id)"],
+             ["in.png,in.png"]], "images", "number 1: N")
+    + wrong([["http://x/y"], ["file:///etc/passwd"]], "images",
+            "number 1: must be a path in the workspace, or a data: URL")
     + wrong([["\ud800"]], "images", "number 1: ")
     + wrong([[".."], ["../outside.png"], ["../../../../../../etc/passwd"], ["/etc/passwd"], ["/"],
              ["/dev/zero"], ["/proc/self/environ"], ["sub/../../outside.png"], ["out"],
