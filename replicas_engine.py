@@ -156,12 +156,28 @@ def shut_out_others():
     prctl(PR_SET_DUMPABLE, 0)
 
 
+# Of a path that leads nowhere, or to nothing of ours.  Other errors say nothing of what is there.
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)
+
+
 def list_folder(folder):
-    """The names in a folder; none if it can't be listed."""
+    """The names in a folder; none if there is no such folder.  Raises OSError."""
     try:
         return os.listdir(folder)
-    except OSError:
-        return []
+    except OSError as error:
+        if error.errno in ABSENT:
+            return []
+        raise
+
+
+def is_regular(path):
+    """Whether there is a regular file.  Raises OSError."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return False
+        raise
 
 
 def open_regular(path, buffering=-1):
@@ -478,25 +494,58 @@ def not_a_name(text):
     return None
 
 
-DOTENV_LINE = re.compile(r"""
-    ^[ \t]*(?:export[ \t]+)?(?P<name>[A-Za-z_][A-Za-z0-9_.-]*)[ \t]*=[ \t]*
-    (?:'(?P<single>[^']*)' | "(?P<double>(?:[^"\\]|\\.)*)" | (?P<bare>[^\r\n]*?))
-    [ \t]*(?:(?<![^\s'"=])\#[^\r\n]*)?\r?$ """, re.VERBOSE | re.MULTILINE | re.DOTALL)
+# ECMAScript's white space, the line end last
+DOTENV_SPACE = ("\t\v\f \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
+                "\u200a\u2028\u2029\u202f\u205f\u3000\ufeff\n")
+DOTENV_NAME = re.compile(r"[{0}]*(?:export[{0}]+)?([\w.-]+)(?:[{0}]*=|:[{0}])".format(DOTENV_SPACE),
+                         re.ASCII)
+DOTENV_FIRST = re.compile(r"[%s]*(['\"`]?)" % DOTENV_SPACE)
+DOTENV_REST = re.compile(r"[%s]*(?:[#\n]|\Z)" % DOTENV_SPACE[:-1])
+DOTENV_BARE = re.compile(r"[^#\n]*")
+
+
+def _quoted_end(text, begin):
+    """Where the value ends whose quotation mark is at `begin`, or None: at the first such mark
+    without a backslash before it, else at the last with one, where nothing but a comment follows."""
+    ends = []
+    for mark in re.compile(text[begin]).finditer(text, begin + 1):
+        ends.append(mark.end())
+        if text[mark.start() - 1] != "\\":
+            break
+    return next((end for end in reversed(ends) if DOTENV_REST.match(text, end)), None)
+
+
+def _dotenv_value(text, begin):
+    """The value behind a name's `=`, and where it ends."""
+    first, end = DOTENV_FIRST.match(text, begin), None
+    if first.group(1):
+        end = _quoted_end(text, first.start(1))
+    if end is None:
+        end = DOTENV_BARE.match(text, begin).end()
+    value = text[begin:end].strip(DOTENV_SPACE)
+    is_double = value.startswith('"')
+    if len(value) > 1 and value[0] in "'\"`" and value[0] == value[-1]:
+        value = value[1:-1]
+    if is_double:
+        value = value.replace("\\n", "\n").replace("\\r", "\r")
+    return value, end
 
 
 def parse_dotenv(text):
-    """The variables of a `.env` file, read as 0.1.0's library dotenv reads it.
+    """The variables of a `.env` file, read as 0.1.0's library reads it (dotenv 17.2.3, `LINE` in
+    lib/main.js), but in linear time, and U+2028 and U+2029 are not line ends.
 
-    Lines that assign nothing are passed over; quoted values may span lines; in double quotes
-    backslash escapes count.
+    A name may be followed by `=` or `: `.  A value may have one of three kinds of quotation marks
+    around it, and line ends within; in double ones `\\n` and `\\r` count, and no other escape.
     """
-    env = {}
-    for match in DOTENV_LINE.finditer(text):
-        value = match.group("single")
-        if value is None and match.group("double") is not None:
-            value = re.sub(r"\\(.)", lambda escape: {"n": "\n", "r": "\r", "t": "\t"}.get(
-                escape.group(1), escape.group(1)), match.group("double"), flags=re.DOTALL)
-        env[match.group("name")] = match.group("bare").strip() if value is None else value
+    text, env, position = re.sub("\r\n?", "\n", text), {}, 0
+    while position < len(text):
+        name = DOTENV_NAME.match(text, position)
+        if name:
+            env[name.group(1)], position = _dotenv_value(text, name.end())
+        else:
+            position = DOTENV_FIRST.match(text, position).end()
+        position = (text.find("\n", position) + 1) or len(text)
     return env
 
 
@@ -528,6 +577,7 @@ class Settings:
         self.state = self._path("REPLICAS_ENGINE_STATE", self._default_state())
         self.max_body = self._number("REPLICAS_ENGINE_MAX_BODY", 32 * 1024 * 1024, least=1)
         self.max_connections = self._number("REPLICAS_ENGINE_MAX_CONNECTIONS", 256, least=1)
+        self.max_history = self._number("REPLICAS_ENGINE_MAX_HISTORY", 4 * 1024 ** 3, least=1)
 
     @classmethod
     def from_process(cls):
@@ -602,13 +652,19 @@ def reason_phrase(status):
 
 
 class Response:
-    """A status code, header fields and a body: an iterable of bytes."""
+    """A status code, header fields and a body: an iterable of bytes.
+
+    Unless a field says otherwise no cache may store it: a shared one would hand it out without the
+    secret (RFC 9111, 3.5 protects Authorization alone).
+    """
 
     __slots__ = ("status", "headers", "body")
 
     def __init__(self, body, status=200, headers=()):
         self.status = status
         self.headers = list(headers)
+        if not any(name == "Cache-Control" for name, _ in self.headers):
+            self.headers.append(("Cache-Control", "no-store"))
         self.body = body
 
 
@@ -1281,6 +1337,8 @@ def event_stream(request, turn_log, offset):
     """The response with a turn's stream from `offset` on.  Raises HTTPError."""
     may_be_gone = request.environ.get("replicas_engine.may_be_gone", lambda: False)
     mark = hashlib.sha256(turn_log.header.get("mark", "").encode()).hexdigest()[:16]
+    # The charset is for clients that else read text as ISO-8859-1 (Python's requests); no-transform
+    # keeps the compression of Express, Next.js and the like from holding the events back.
     return Response(EventStream(turn_log, offset, may_be_gone), 200, [
         ("Content-Type", "text/event-stream; charset=utf-8"),
         ("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"),
@@ -1512,7 +1570,7 @@ class TurnProcesses:
 
 def existing_rollout(plain):
     """The path of the rollout `plain`, or that of its compressed form, or None."""
-    return next(filter(os.path.isfile, (plain, plain + ".zst")), None)
+    return next(filter(is_regular, (plain, plain + ".zst")), None)
 
 
 def likely_days(thread_id):
@@ -1540,26 +1598,59 @@ def json_line(line):
     return text
 
 
-def decompress(path, packed, file):
-    """Write the text of the open file `packed`, which is the one at `path`, into `file`."""
+def decompressed(path, packed):
+    """The text of the open compressed rollout `packed`, which is the one at `path`, in blocks; in
+    at most some 128 MiB of memory, whatever the file asks for.  Raises OSError, and HTTPError 500
+    where there is nothing to decompress it with."""
     try:
         from compression import zstd                        # Python 3.14 and newer
-        with zstd.open(packed) as text:
-            shutil.copyfileobj(text, file, BLOCK_SIZE)
-        file.flush()
-        return
     except ImportError:
-        program = shutil.which("zstd")
+        yield from decompressed_by_program(path, packed)
+        return
+    window = {zstd.DecompressionParameter.window_log_max: 27}
+    try:
+        with zstd.open(packed, options=window) as text:
+            yield from iter(lambda: text.read(BLOCK_SIZE), b"")
     except (EOFError, zstd.ZstdError) as error:
         raise OSError(errno.EIO, str(error), path) from None
+
+
+def decompressed_by_program(path, packed):
+    program = shutil.which("zstd")
     if program is None:
         raise HTTPError(500, "The rollout is compressed",
                         "%s: install the program zstd (apt-get install zstd) to read it" % path)
     # No variable but the mark: the agent may look into its environment, and gets no secret there.
-    exit_status = start_process([program, "-dcq"], stdin=packed, stdout=file,
-                                stderr=subprocess.DEVNULL, env={MARK: "engine"}).wait()
+    child = start_process([program, "-dcq", "-M128MB"], stdin=packed, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, env={MARK: "engine"})
+    with child.stdout:
+        try:
+            yield from iter(lambda: child.stdout.read(BLOCK_SIZE), b"")
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            exit_status = child.wait()
     if exit_status:
         raise OSError(errno.EIO, "zstd can't decompress it: exit status %d" % exit_status, path)
+
+
+ROLLOUT_PROBLEMS = {                       # an error's number: status, what to do
+    errno.ENOSPC: (507, "make room where CODEX_HOME lies: a compressed rollout is unpacked there"),
+    errno.EDQUOT: (507, "make room where CODEX_HOME lies: a compressed rollout is unpacked there"),
+    errno.EMFILE: (503, "try again"), errno.ENFILE: (503, "try again"),
+    errno.ENOMEM: (503, "try again")}
+
+
+@contextlib.contextmanager
+def readable_rollout(thread_id):
+    """Within, an OSError becomes an HTTPError that says whose fault it is."""
+    try:
+        yield
+    except OSError as error:
+        status, advice = ROLLOUT_PROBLEMS.get(error.errno, (500, "see its file system"))
+        raise HTTPError(status, "The rollout can't be read", "%s: %s: %s" % (
+            error.filename or "the rollout of " + thread_id, error.strerror, advice)) from None
 
 
 class RolloutReader:
@@ -1575,14 +1666,21 @@ class RolloutReader:
         self.stat = os.fstat(self.file.fileno())
         self.end = 0
 
-    def unpack(self):
+    def unpack(self, max_size):
         """Make the text ready to be read.  A compressed one goes into a file without a name in the
-        same folder: so it need not fit into memory, and is known to be whole before it is sent."""
+        same folder: so it need not fit into memory, and is known to be whole before it is sent.
+        Raises HTTPError 413 if it has more than `max_size` bytes."""
         if self.path.endswith(".zst"):
             import tempfile                 # seldom needed, and not cheap
-            with self.file as packed:
-                self.file = tempfile.TemporaryFile(dir=os.path.dirname(self.path))
-                decompress(self.path, packed, self.file)
+            with self.file as packed, contextlib.closing(decompressed(self.path, packed)) as blocks:
+                self.file = tempfile.TemporaryFile(dir=os.path.dirname(self.path), buffering=0)
+                for block in blocks:
+                    max_size -= len(block)
+                    if max_size < 0:
+                        raise HTTPError(413, "The rollout is too large",
+                                        "%s unpacks to more than REPLICAS_ENGINE_MAX_HISTORY allows"
+                                        % self.path)
+                    write_all(self.file.fileno(), block)
         self.end = os.fstat(self.file.fileno()).st_size
         self.end = find_last(self.read, b"\n", self.end) + 1
 
@@ -1666,9 +1764,10 @@ class Rollouts:
                 return path and RolloutReader(path)
 
     def find(self, thread_id):
-        """The path of the thread's rollout, or None."""
+        """The path of the thread's rollout, or None.  Raises HTTPError if it can't be told."""
         found_id, plain = self._found
-        return (found_id == thread_id and existing_rollout(plain)) or self._search(thread_id)
+        with readable_rollout(thread_id):
+            return (found_id == thread_id and existing_rollout(plain)) or self._search(thread_id)
 
     def _search(self, thread_id):
         name = re.compile(r"(rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl)(?:\.zst)?"
@@ -1768,15 +1867,15 @@ def matches(condition, tag):
     return condition.strip() == "*" or tag[len("W/"):] in tags
 
 
-def open_history(request, reader, thread_id, wanted):
+def open_history(request, reader, thread_id, wanted, max_size):
     """The answer from an open rollout, which it closes unless its text is still to be sent."""
     with contextlib.ExitStack() as stack:
         stack.callback(reader.close)
         headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding"),
-                   ("ETag", entity_tag(reader, request))]
+                   ("Cache-Control", "private, no-cache"), ("ETag", entity_tag(reader, request))]
         if matches(request.header("If-None-Match"), headers[-1][1]):
             return Response([], 304, headers[1:])
-        reader.unpack()
+        reader.unpack(max_size)
         begin = wanted.offset if wanted.tail is None else reader.last_lines(wanted.tail)
         if not reader.is_line(begin):
             raise cursor_is_gone("is not a place in this thread's history")
@@ -1788,18 +1887,16 @@ def open_history(request, reader, thread_id, wanted):
         return Response(HistoryPage(thread_id, reader, begin, wanted.limit, coding), 200, headers)
 
 
-def history_response(request, rollouts, thread_id):
-    """The answer to `GET /codex/history` while `thread_id` is the current thread, or None."""
+def history_response(request, rollouts, thread_id, max_size):
+    """The answer to `GET /codex/history` while `thread_id` is the current thread, or None; a
+    compressed rollout may have at most `max_size` bytes."""
     wanted = HistoryQuery(request.query(), thread_id)
     if thread_id is None:
         return json_response({"message": "No active thread", "thread_id": None, "events": []})
-    try:
+    with readable_rollout(thread_id):
         reader = rollouts.open(thread_id)
         if reader:
-            return open_history(request, reader, thread_id, wanted)
-    except OSError as error:
-        raise HTTPError(500, "The rollout can't be read", "%s: %s" % (
-            error.filename or rollouts.find(thread_id), error.strerror)) from None
+            return open_history(request, reader, thread_id, wanted, max_size)
     if wanted.offset:
         raise cursor_is_gone("is beyond the end")
     return json_response({"thread_id": thread_id, "events": [], "cursor": "%s.0" % thread_id})
@@ -1921,7 +2018,8 @@ class CodexFinder:
             raise unavailable("Codex CLI not found",
                               "CODEX_PATH=%s is not an executable file" % chosen)
         program = chosen or shutil.which("codex", path=self.settings.env.get("PATH", os.defpath))
-        program = program or next(filter(is_program, self._global_places()), None)
+        with explained("Codex CLI can't be looked for", "try again, or set CODEX_PATH"):
+            program = program or next(filter(is_program, self._global_places()), None)
         if program is None:
             raise unavailable("Codex CLI not found", HOW_TO_INSTALL)
         return native_codex(os.path.realpath(program)) or Codex(os.path.abspath(program))
@@ -1968,9 +2066,14 @@ class CodexFinder:
 # the settings and returns what goes to Codex, or raises ValueError with what is wrong with it.
 
 # What Codex 0.50 can't do: of 60 turns with an image, in every form of the command line, 48 hung.
-FIRST_WITH_IMAGES = FIRST_WITH_ALL_EFFORTS = (0, 98)
+FIRST_WITH_IMAGES = (0, 98)
 MAX_IMAGES = 100                           # of a turn; the command line has to hold their names
-REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra",
+                     "persistent")
+# The first version of Codex that knows it, where not every one does.  From 0.138 on Codex takes any
+# word, and hands one that it doesn't know on to the model.
+FIRST_WITH_EFFORT = {"none": (0, 58), "xhigh": (0, 59), "max": (0, 138), "ultra": (0, 143),
+                     "persistent": (0, 151)}
 IMAGE_TYPES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"),
                (rb"GIF8[79]a", "gif"), (rb"RIFF....WEBP", "webp"))
 
@@ -2101,7 +2204,7 @@ TURN_OPTIONS = (
     TurnOption("model", _name, lambda model: ["--model=" + model]),
     TurnOption("reasoning_effort", _one_of(*REASONING_EFFORTS),
                lambda effort: config_argument("model_reasoning_effort", effort),
-               lambda effort: FIRST_WITH_ALL_EFFORTS if effort in ("none", "xhigh") else None),
+               FIRST_WITH_EFFORT.get),
     TurnOption("sandbox_mode", _one_of(*SANDBOX_MODES), lambda mode: ["--sandbox", mode]),
     TurnOption("network_access", _boolean,
                lambda on: config_argument("sandbox_workspace_write.network_access", on)),
@@ -3352,7 +3455,8 @@ class Application:
     # GET /codex/history
 
     def history(self, request):
-        return history_response(request, self.runner.rollouts, self.runner.thread_id)
+        return history_response(request, self.runner.rollouts, self.runner.thread_id,
+                                self.settings.max_history)
 
     # GET /codex/status
 

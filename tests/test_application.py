@@ -152,6 +152,22 @@ def test_routes(client):
         assert client("HEAD", path).status == 200 and client.body == b"", path
 
 
+def test_every_answer_says_what_a_cache_may_do(client):
+    for request in (("GET", "/health"), ("HEAD", "/health"), ("GET", "/ping"), ("GET", "/nowhere"),
+                    ("GET", "/codex/send"), ("POST", "/codex/send"), ("GET", "/codex/status"),
+                    ("GET", "/codex/history"), ("GET", "/codex/history?tail=x"),
+                    ("GET", "/codex/events"), ("POST", "/codex/reset"), ("OPTIONS", "")):
+        assert client(*request).headers["Cache-Control"] == "no-store", request
+        client(*request, secret="wrong")
+        assert client.headers["Cache-Control"] == "no-store", request
+    client("POST", "/codex/send", b'{"message":"hi"}')
+    for headers in ({}, {"HTTP_IF_NONE_MATCH": "*"}):
+        client("GET", "/codex/history", **headers)
+        assert client.headers["Cache-Control"] == "private, no-cache" and client.headers["ETag"]
+    client("GET", "/codex/events")
+    assert client.headers["Cache-Control"] == "no-cache, no-transform"
+
+
 def test_options_of_the_whole_server(client):
     assert client("OPTIONS", "").status == 204
     assert client.headers["Allow"] == "GET, HEAD, OPTIONS, POST"

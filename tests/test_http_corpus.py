@@ -64,7 +64,7 @@ def test_malformed(port, name):
     assert len(found) == 1, found
     status, head, _ = found[0]
     assert (400 <= status < 500 or status == 501) and status not in (401, 404, 405, 408), found
-    assert b"\r\nConnection: close" in head
+    assert b"\r\nConnection: close" in head and b"\r\nCache-Control: no-store" in head
 
 
 @pytest.mark.parametrize("size", (1, 7))

@@ -18,10 +18,11 @@ import zlib
 import pytest
 
 import harness
+import replicas_engine
 from conftest import unavailable
 from harness import wait_for
 
-VERSIONS = ("0.169.0", "0.98.0", "0.50.0")
+VERSIONS = harness.CODEX_VERSIONS
 SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"},
                                            "certain": {"type": "boolean"}},
           "required": ["answer", "certain"], "additionalProperties": False}
@@ -241,14 +242,29 @@ def test_the_reasoning_effort(real):
         assert requests[0]["reasoning"]["effort"] == effort
 
 
-@pytest.mark.parametrize("effort", ["none", "xhigh"])
+@pytest.mark.parametrize("effort", sorted(replicas_engine.FIRST_WITH_EFFORT))
 def test_an_effort_that_not_every_version_knows(real, effort):
-    if real.version < (0, 98):
+    if real.version < replicas_engine.FIRST_WITH_EFFORT[effort]:
         answer = real.engine.post("/codex/send", {"message": "x", "reasoning_effort": effort})
         assert answer.status == 400 and answer.json()["error"] == "Invalid reasoning_effort"
-    else:
-        _, requests = real.completed("say hello", reasoning_effort=effort)
-        assert requests[0]["reasoning"]["effort"] == effort
+        return
+    _, requests = real.completed("say hello", reasoning_effort=effort)
+    # What the model is told of those two is Codex's business: 0.169 says xhigh and disabled.
+    wanted = {"ultra": ("max", "xhigh"), "persistent": ("disabled",)}.get(effort, (effort,))
+    assert requests[0]["reasoning"]["effort"] in wanted
+
+
+def test_which_efforts_codex_itself_knows(real):
+    """That a version below FIRST_WITH_EFFORT would fail the turn."""
+    for effort, first in replicas_engine.FIRST_WITH_EFFORT.items():
+        if real.version < first and real.version < (0, 138):
+            run = subprocess.run(
+                [real.engine.env["CODEX_PATH"], "exec", "--json", "--skip-git-repo-check",
+                 *replicas_engine.config_argument("model_reasoning_effort", effort)],
+                env=real.engine.env, cwd=real.workspace, input=b"x", stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, timeout=harness.PATIENCE)
+            assert run.returncode == 1 and run.stdout == b""
+            assert b"unknown variant `%b`" % effort.encode() in run.stderr
 
 
 def test_images(real):

@@ -4,6 +4,7 @@ import codecs
 import collections
 import contextlib
 import datetime
+import errno
 import gzip
 import hashlib
 import itertools
@@ -227,7 +228,7 @@ def whole_lines(data):
 def read_page(path, tail=None, offset=0, limit=None):
     reader = RolloutReader(path)
     try:
-        reader.unpack()
+        reader.unpack(10 ** 6)
         begin = offset if tail is None else reader.last_lines(tail)
         assert reader.is_line(begin)
         return json.loads(b"".join(HistoryPage("t", reader, begin, limit)).decode())
@@ -264,7 +265,7 @@ def test_every_way_through_a_file(tmp_path, monkeypatch, size, compressed):
         starts = {0} | {index + 1 for index, byte in enumerate(data) if byte == 10}
         for offset in range(0, len(data) + 3, 11 if compressed else 1):
             reader = RolloutReader(path)
-            reader.unpack()
+            reader.unpack(10 ** 6)
             assert reader.is_line(offset) == (offset in starts)
             reader.close()
 
@@ -411,6 +412,140 @@ def test_the_program_zstd_does_not_get_the_secret(make_engine, tmp_path):
     assert engine.get("/codex/history").body == answer(LINES, len(CONTENT))
     seen = (tmp_path / "seen").read_text()
     assert "REPLICAS_TURN=engine" in seen and SECRET not in seen
+
+
+def bomb(path, size=3 * 1024 ** 3):
+    """A compressed rollout of one line that takes `size` bytes and is not JSON."""
+    if not shutil.which("zstd"):
+        unavailable("the program zstd is not installed")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        zeros = subprocess.Popen(["head", "-c", str(size), "/dev/zero"], stdout=subprocess.PIPE)
+        subprocess.run(["zstd", "-q"], stdin=zeros.stdout, stdout=file, check=True)
+        zeros.stdout.close()
+        assert zeros.wait() == 0
+    assert os.path.getsize(path) < size // 1000
+    return path
+
+
+def test_a_rollout_that_unpacks_to_more_than_is_allowed(make_engine):
+    engine = make_engine(REPLICAS_ENGINE_MAX_HISTORY=str(64 * 1024 * 1024))
+    take_thread(engine, place=None)
+    engine.get("/codex/history")
+    before = memory(engine)
+    path = bomb(os.path.join(engine.codex_home, PLACE + ".zst"))
+    for query in ("", "?tail=1", "?after=%s.0" % THREAD):
+        got = engine.get("/codex/history" + query)
+        assert got.status == 413 and set(got.json()) == {"error", "details"}
+        assert "REPLICAS_ENGINE_MAX_HISTORY" in got.json()["details"]
+        assert path in got.json()["details"]
+        assert open_rollouts(engine) == children(engine) == []
+    assert memory(engine) - before < 10
+    assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
+    assert engine.status()["session_file"] == path
+
+
+def test_a_line_that_is_huge_costs_no_memory(make_engine):
+    """Unpacked from a few kilobytes, and nothing in it is a line end."""
+    engine = make_engine()
+    take_thread(engine, place=None)
+    engine.get("/codex/history")
+    before = memory(engine)
+    path = bomb(os.path.join(engine.codex_home, PLACE + ".zst"), 200 * 1024 * 1024)
+    with open(path, "ab") as file:
+        subprocess.run(["zstd", "-q"], input=b"\n" + CONTENT, stdout=file, check=True)
+    end = 200 * 1024 * 1024 + 1 + len(CONTENT)
+    for query in ("", "?tail=20"):
+        assert engine.get("/codex/history" + query).body == answer(LINES, end)
+    assert memory(engine) - before < 10
+
+
+@pytest.mark.parametrize("line", [
+    b"[" * 2000000, b"[" * 900 + b"[],{}," * 600000 + b"0" + b"]" * 900,
+    b'{"a":[' * 300000, b"[" + b'"\\"",' * 600000 + b"1]", b"[" + b"1," * 2000000 + b"1]",
+    b'"' + b"\\u00e9" * 700000, b"1" * 4000000], ids=shorten)
+def test_a_line_that_is_nested_or_crowded_costs_no_memory(engine, line):
+    take_thread(engine, data=CONTENT)
+    engine.get("/codex/history")
+    before = memory(engine)
+    data = line + b"\n" + CONTENT
+    write(os.path.join(engine.codex_home, PLACE), data)
+    lines = [line] * (line[-1:] in b"]1") + LINES
+    expected = hashlib.sha256(answer(lines, len(data))).digest()
+    assert hashlib.sha256(engine.get("/codex/history").body).digest() == expected
+    assert memory(engine) - before < 16
+
+
+def small_disk(request, engine):
+    """CODEX_HOME on a file system of 2 MB."""
+    if os.getuid():
+        unavailable("a small tmpfs can't be mounted: that takes root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", engine.codex_home],
+                             stderr=subprocess.PIPE)
+    if mounted.returncode:
+        unavailable("a small tmpfs can't be mounted: %s" % mounted.stderr.decode())
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", engine.codex_home]))
+
+
+def test_a_disk_that_fills_while_it_is_unpacked(request, make_engine):
+    engine = make_engine(start=False)
+    small_disk(request, engine)
+    engine.start()
+    take_thread(engine, place=None)
+    path = bomb(os.path.join(engine.codex_home, PLACE + ".zst"), 20 * 1024 * 1024)
+    for _ in range(3):
+        got = engine.get("/codex/history")
+        assert got.status == 507 and "make room" in got.json()["details"]
+        assert open_rollouts(engine) == children(engine) == []
+    assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
+    write(path)
+    os.rename(path, path[:-len(".zst")])                # there is room again
+    assert engine.get("/codex/history").body == answer(LINES, len(CONTENT))
+
+
+@pytest.mark.parametrize("number, status", [
+    (errno.EMFILE, 503), (errno.ENFILE, 503), (errno.ENOMEM, 503), (errno.EIO, 500)])
+@pytest.mark.parametrize("call", ["listdir", "stat", "open", "pread"])
+def test_what_cannot_be_looked_at_is_an_error_and_not_nothing(tmp_path, monkeypatch, call, number,
+                                                              status):
+    write(str(tmp_path / PLACE))
+    settings = replicas_engine.Settings({"CODEX_HOME": str(tmp_path), "HOME": str(tmp_path)})
+    request = replicas_engine.Request({"REQUEST_METHOD": "GET"})
+    real = getattr(os, call)
+
+    def failing(path, *args, **kwargs):
+        if isinstance(path, int) or str(path).startswith(str(tmp_path / "sessions")):
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **kwargs)
+
+    rollouts = Rollouts(settings.codex_home)
+    if call not in ("listdir", "stat"):
+        assert rollouts.find(THREAD)
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(replicas_engine.HTTPError) as caught:
+        replicas_engine.history_response(request, rollouts, THREAD, settings.max_history)
+    assert caught.value.status == status
+    assert os.strerror(number) in caught.value.body["details"]
+    if call in ("listdir", "stat"):
+        with pytest.raises(replicas_engine.HTTPError):
+            rollouts.find(THREAD)
+
+
+def test_a_fifo_that_takes_the_place_of_a_rollout(tmp_path, monkeypatch):
+    """It was a file when it was found: nothing waits for a writer."""
+    path = write(str(tmp_path / PLACE))
+    rollouts = Rollouts(str(tmp_path))
+    found = rollouts.find
+
+    def find_and_replace(thread_id):
+        result = found(thread_id)
+        if result:
+            os.unlink(path)
+            os.mkfifo(path)
+        return result
+
+    monkeypatch.setattr(rollouts, "find", find_and_replace)
+    assert rollouts.open(THREAD) is None
 
 
 # Finding

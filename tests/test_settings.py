@@ -1,11 +1,15 @@
 """Settings: what the environment and .env may say, and what stops the start."""
 
+import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+import conftest
 import harness
 import replicas_engine
 from replicas_engine import Settings, SettingsError, parse_dotenv
@@ -23,6 +27,7 @@ def test_defaults():
     assert (settings.idle_timeout, settings.turn_timeout) == (1800, 0)
     assert settings.max_body == 33554432
     assert settings.max_connections == 256
+    assert settings.max_history == 4294967296
     assert not settings.development
 
 
@@ -97,16 +102,51 @@ def test_dotenv():
         "SPACED =  two words  \n"
         "COMMENTED=value # not this\n"
         "HASH=a#b\n"
+        "QUOTED='a#b'\n"
         "SINGLE='one # $two \\n'\n"
-        "DOUBLE=\"line\\nand \\\"quotes\\\"\" # gone\n"
+        "DOUBLE=\"line\\nand\\t\\\"quotes\\\"\" # gone\n"
+        "BACK=`it's \"this\"`\n"
         "LINES=\"first\nsecond\"\n"
         "EMPTY=\n"
         "this is no assignment\n"
+        "YAML: too\n"
         "EQUALS=a=b\n"
         "LAST=end"
     ) == {"PLAIN": "value", "EXPORTED": "yes", "SPACED": "two words", "COMMENTED": "value",
-          "HASH": "a#b", "SINGLE": "one # $two \\n", "DOUBLE": "line\nand \"quotes\"",
-          "LINES": "first\nsecond", "EMPTY": "", "EQUALS": "a=b", "LAST": "end"}
+          "HASH": "a", "QUOTED": "a#b", "SINGLE": "one # $two \\n",
+          "DOUBLE": "line\nand\\t\\\"quotes\\\"", "BACK": "it's \"this\"",
+          "LINES": "first\nsecond", "EMPTY": "", "YAML": "too", "EQUALS": "a=b", "LAST": "end"}
+
+
+PIECES = ["A", "B", "export", "export ", "=", ": ", ":", "," " = ", " ", "\t", "\n", "\n", "\r\n",
+          "\r", "'", '"', "`", "\\'", '\\"', "\\`", "\\n", "\\r", "\\t", "\\\\", "#", " # c", "x",
+          "pa#ss", "y z", "\u00a0", "\ufeff", "\x0b", "\x1c", "\x85", "é", "-", "._", "0", "A=",
+          "B='", 'C="', "D=`"]
+
+
+def test_dotenv_is_read_as_dotenv_reads_it():
+    package = os.path.join(harness.ROOT, ".cache", "dotenv", "node_modules", "dotenv")
+    if not os.path.isdir(package) or not shutil.which("node"):
+        conftest.unavailable("the npm package dotenv is not in .cache: see tests/run")
+    source = random.Random(17)
+    texts = ["".join(source.choice(PIECES) for _ in range(source.randrange(1, 16)))
+             for _ in range(20000)]
+    program = ("const {parse} = require(process.argv[1]); process.stdout.write(JSON.stringify("
+               "JSON.parse(require('fs').readFileSync(0, 'utf8')).map(text => parse(text))))")
+    node = subprocess.run(["node", "-e", program, package], input=json.dumps(texts).encode(),
+                          stdout=subprocess.PIPE, check=True, timeout=harness.PATIENCE)
+    for text, expected in zip(texts, json.loads(node.stdout.decode())):
+        assert parse_dotenv(text) == expected, text
+
+
+def test_dotenv_takes_linear_time():
+    """A pattern that tries again from everywhere takes the better part of an hour for these."""
+    program = ("import replicas_engine\n"
+               "for begin in ('', \"A='\", 'A=\"', 'A=', 'A', 'A:'):\n"
+               "    for piece in ('x', '\\n', ' ', 'A=', \"A='\", \"\\\\'\", \"\\\\'  \", 'export ', '#'):\n"
+               "        replicas_engine.parse_dotenv(begin + piece * (10 ** 6 // len(piece)))\n")
+    subprocess.run([sys.executable, "-c", program], env=dict(os.environ, PYTHONPATH=harness.ROOT),
+                   check=True, timeout=5 * harness.PATIENCE)
 
 
 def test_the_environment_wins_over_dotenv(tmp_path, monkeypatch):
@@ -152,5 +192,6 @@ def test_the_settings_are_those_of_the_readme():
                  "CODEX_PATH", "CODEX_HOME", "CODEX_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL",
                  "REPLICAS_ENGINE_SANDBOX", "REPLICAS_ENGINE_MODEL", "REPLICAS_ENGINE_IDLE_TIMEOUT",
                  "REPLICAS_ENGINE_TURN_TIMEOUT", "REPLICAS_ENGINE_STATE",
-                 "REPLICAS_ENGINE_MAX_BODY", "REPLICAS_ENGINE_MAX_CONNECTIONS"):
+                 "REPLICAS_ENGINE_MAX_BODY", "REPLICAS_ENGINE_MAX_CONNECTIONS",
+                 "REPLICAS_ENGINE_MAX_HISTORY"):
         assert "`%s`" % name in readme and '"%s"' % name in module, name

@@ -90,7 +90,8 @@ def test_a_model_is_one_word(shared, model):
     assert words(shared, model=model) == ["--model=" + model] + DEFAULT
 
 
-@pytest.mark.parametrize("effort", ["none", "minimal", "low", "medium", "high", "xhigh"])
+@pytest.mark.parametrize("effort", ["none", "minimal", "low", "medium", "high", "xhigh", "max",
+                                    "ultra", "persistent"])
 def test_reasoning_efforts(shared, effort):
     shared.post("/codex/reset")
     assert words(shared, reasoning_effort=effort) == [
@@ -362,8 +363,8 @@ REFUSED = (
     + wrong(["x" * 201, "x" * 10 ** 6], "model", "must be 1 to 200 characters long")
     + wrong(["a\nb", "a\rb", "\0", "a\tb", "\x7f", "\x1b[31m", "\ud800", "\u2028", "\u200b"],
             "model", "printed")
-    + wrong(WRONG_TYPES + NASTY + ["", "HIGH", "high ", "max"], "reasoning_effort",
-            "must be one of none, minimal, low, medium, high, xhigh")
+    + wrong(WRONG_TYPES + NASTY + ["", "HIGH", "high ", "most"], "reasoning_effort",
+            "must be one of none, minimal, low, medium, high, xhigh, max, ultra, persistent")
     + wrong(WRONG_TYPES + NASTY + ["", "config", "Read-Only", "read_only", "none"], "sandbox_mode",
             "must be one of read-only, workspace-write, danger-full-access")
     + wrong([None, 0, 1, 1.0, "", "true", "false", "live", [], {}] + NASTY, "network_access",
@@ -376,8 +377,10 @@ REFUSED = (
     + wrong([[""], ["\0"], ["in.png\0"], ["x" * 10 ** 6], ["a/" * 10 ** 6], ["../" * 2000]],
             "images", "number 1: is not a path")
     + wrong([["x" * 300]], "images", "number 1: File name too long")
-    + wrong([["missing.png"], ["in.png/x"], ["--flag"], ["-c"], ["a\nb"], ["$(id)"], ["http://x/y"],
-             ["file:///etc/passwd"], ["in.png,in.png"]], "images", "number 1: N")
+    + wrong([["missing.png"], ["in.png/x"], ["--flag"], ["-c"], ["a\nb"], ["$(id)"],
+             ["in.png,in.png"]], "images", "number 1: N")
+    + wrong([["http://x/y"], ["file:///etc/passwd"]], "images",
+            "number 1: must be a path in the workspace, or a data: URL")
     + wrong([["\ud800"]], "images", "number 1: ")
     + wrong([[".."], ["../outside.png"], ["../../../../../../etc/passwd"], ["/etc/passwd"], ["/"],
              ["/dev/zero"], ["/proc/self/environ"], ["sub/../../outside.png"], ["out"],
@@ -548,25 +551,29 @@ def test_a_schema_of_megabytes(engine):
 
 # What a version can't do
 
-@pytest.mark.parametrize("version, option, possible", [
-    ("0.50.0", {"images": [data_url(PNG)]}, False), ("0.97.9", {"images": [data_url(PNG)]}, False),
-    ("0.50.0", {"images": []}, True), ("0.98.0", {"images": [data_url(PNG)]}, True),
-    ("1.0.0", {"images": [data_url(PNG)]}, True),
-    ("0.50.0", {"reasoning_effort": "none"}, False),
-    ("0.50.0", {"reasoning_effort": "xhigh"}, False),
-    ("0.50.0", {"reasoning_effort": "minimal"}, True),
-    ("0.98.0", {"reasoning_effort": "xhigh"}, True)], ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("version, option, since", [       # None: it can be done
+    ("0.50.0", {"images": [data_url(PNG)]}, "0.98"), ("0.97.9", {"images": [data_url(PNG)]}, "0.98"),
+    ("0.50.0", {"images": []}, None), ("0.98.0", {"images": [data_url(PNG)]}, None),
+    ("1.0.0", {"images": [data_url(PNG)]}, None),
+    ("0.57.0", {"reasoning_effort": "none"}, "0.58"), ("0.58.0", {"reasoning_effort": "none"}, None),
+    ("0.50.0", {"reasoning_effort": "xhigh"}, "0.59"),
+    ("0.50.0", {"reasoning_effort": "minimal"}, None),
+    ("0.98.0", {"reasoning_effort": "xhigh"}, None),
+    ("0.98.0", {"reasoning_effort": "max"}, "0.138"),
+    ("0.142.0", {"reasoning_effort": "ultra"}, "0.143"),
+    ("0.150.1", {"reasoning_effort": "persistent"}, "0.151"),
+    ("0.151.0", {"reasoning_effort": "persistent"}, None)], ids=lambda value: str(value)[:30])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_what_a_version_cannot_do_is_refused_before_anything_starts(
-        make_engine, version, option, possible, resumed):
+        make_engine, version, option, since, resumed):
     engine = make_engine(STAND_IN_CODEX_VERSION=version)
     if resumed:
         engine.send("first")
-    if possible:
+    if since is None:
         engine.send("hello", **option)
         return
     details = refusal(engine, **option)
-    assert "Codex %s" % version in details and "0.98 or newer" in details
+    assert "Codex %s" % version in details and "%s or newer" % since in details
 
 
 def test_a_codex_that_does_not_say_its_version_is_taken_to_be_new(make_engine, tmp_path):
