@@ -41,9 +41,10 @@ Others let one thread at a time do something: open the state directory, start a 
 is an orphan, ring an alarm.
 
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
-Logging, Settings, Requests and responses, Routing and secret, Turn log, Event stream, Processes,
-Rollouts and history, Codex, Turn options, Driving Codex: exec, Turn, State directory, CodexRunner,
-Application, HTTP grammar, Connection and bodies, Answer, WSGI server, systemd, Check, Command line.
+Logging, Settings, Requests and responses, Routing and secret, Turn log, Event stream and results,
+Processes, Rollouts and history, Codex, Turn options, Driving Codex: exec, Turn, State directory,
+CodexRunner, Application, HTTP grammar, Connection and bodies, Answer, WSGI server, systemd, Check,
+Command line.
 
 Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
 setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
@@ -880,7 +881,6 @@ TERMINAL = ("turn.completed", "turn.failed")
 DONE = (b"done", b"{}")
 MAX_HEADER = 64 * 1024                     # bytes
 MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
-MAX_FINAL_MESSAGE = 256 * 1024             # bytes of UTF-8 that a turn's result holds of it
 MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
 ENDING_ROOM = 32 * 1024                    # bytes: two events with such a message, and `done`
 ROOM_STEP = 64 * 1024                      # bytes that the disk is asked for at once
@@ -916,15 +916,6 @@ def message_of(event):
     text = message.encode("latin-1", "replace").decode("utf-8", "replace") if isinstance(
         message, str) else ""
     return " ".join(text.split())[:MAX_FAILURE_MESSAGE]
-
-
-def _outcome(event):
-    """The `status` of a turn that ended with `event`, turn.completed or turn.failed."""
-    if event["type"] == "turn.completed":
-        return "completed"
-    error = event.get("error")
-    interrupted = isinstance(error, dict) and error.get("code") == "interrupted"
-    return "interrupted" if interrupted else "failed"
 
 
 def _parse_event(frame):
@@ -1189,13 +1180,13 @@ class TurnLog:
             needle = b"\n\nid: %d.%d\n" % (self.turn_id, number + 1)
             found = find_first(_reader(file), needle, self.start - 2)
             if found < 0:                   # in the gap that a power cut left: the ending is next
-                for begin, event in self._backwards(file):
+                for begin, event in self.backwards(file):
                     if event[0] <= number:
                         break
                     found = begin - 2
         return found + 2
 
-    def _backwards(self, file):
+    def backwards(self, file):
         """(offset, (number, type, data)) of the events in the open `file`, the last one first."""
         with self.changed:
             end = self.size
@@ -1206,63 +1197,16 @@ class TurnLog:
 
     def events_at_end(self, count, file):
         """The last `count` events in the open `file`, the last one first: (number, type, data)."""
-        return [event for _, event in itertools.islice(self._backwards(file), count)]
-
-    def summary(self):
-        """What `GET /codex/status` says of the turn.  Raises HTTPError."""
-        with self.open_file() as file:
-            return self._summary(file)
-
-    def _summary(self, file):
-        with self.changed:
-            last, finished = self.last, self.finished
-        modified = timestamp(os.fstat(file.fileno()).st_mtime)
-        summary = {"id": self.turn_id, "status": "running",
-                   "started_at": self.header.get("started_at"),
-                   "finished_at": modified if finished else None,
-                   "last_event_at": modified if last else None,
-                   "last_event_id": "%d.%d" % (self.turn_id, last) if last else None,
-                   "usage": None, "error": None}
-        ending = next((event for event in self.events_at_end(2, file) if event[1] in TERMINAL),
-                      None)
-        if ending:
-            event = json_value.decode(ending[2])
-            summary["usage"] = event.get("usage")
-            summary["error"] = event.get("error")
-            if finished:
-                summary["status"] = _outcome(event)
-        return summary
-
-    def result(self):
-        """What `GET /codex/turns/N` says, but for `turn_usage`.  Raises HTTPError."""
-        with self.open_file() as file:
-            result = self._summary(file)
-            del result["last_event_at"]
-            message = self._final_message(file) if self.finished else None
-        result.update(thread_id=self.thread_id, final_message=message)
-        if message and len(message) > MAX_FINAL_MESSAGE // 4:
-            data = message.encode("utf-8", "replace")
-            if len(data) > MAX_FINAL_MESSAGE:
-                result["final_message"] = data[:MAX_FINAL_MESSAGE].decode("utf-8", "ignore")
-                result["final_message_truncated"] = True
-        return result
-
-    def _final_message(self, file):
-        """The text of the last agent_message, or None."""
-        for _, (_, kind, data) in self._backwards(file):
-            if kind == "item.completed" and '"agent_message"' in data:
-                item = json_value.decode(data).get("item")
-                if isinstance(item, dict) and item.get("type") == "agent_message":
-                    return item["text"] if isinstance(item.get("text"), str) else None
-        return None
+        return [event for _, event in itertools.islice(self.backwards(file), count)]
 
 
 # ---------------------------------------------------------------------------------------------
-# Event stream
+# Event stream and results
 # ---------------------------------------------------------------------------------------------
 
 STREAM_SIZE = 32 * 1024                    # and for a reader, of whom there may be hundreds
 KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
+MAX_FINAL_MESSAGE = 256 * 1024             # bytes of UTF-8 that a turn's result holds of it
 CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether the client is there
 
 
@@ -1343,6 +1287,64 @@ def event_stream(request, turn_log, offset):
         ("Content-Type", "text/event-stream; charset=utf-8"),
         ("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"),
         ("X-Replicas-Turn-Id", str(turn_log.turn_id)), ("X-Replicas-Turn-Mark", mark)])
+
+
+def _outcome(event):
+    """The `status` of a turn that ended with `event`, turn.completed or turn.failed."""
+    if event["type"] == "turn.completed":
+        return "completed"
+    error = event.get("error")
+    interrupted = isinstance(error, dict) and error.get("code") == "interrupted"
+    return "interrupted" if interrupted else "failed"
+
+
+def turn_summary(turn_log, file=None):
+    """What `GET /codex/status` says of the turn; `file` is its open log.  Raises HTTPError."""
+    if file is None:
+        with turn_log.open_file() as file:
+            return turn_summary(turn_log, file)
+    with turn_log.changed:
+        last, finished = turn_log.last, turn_log.finished
+    modified = timestamp(os.fstat(file.fileno()).st_mtime)
+    summary = {"id": turn_log.turn_id, "status": "running",
+               "started_at": turn_log.header.get("started_at"),
+               "finished_at": modified if finished else None,
+               "last_event_at": modified if last else None,
+               "last_event_id": "%d.%d" % (turn_log.turn_id, last) if last else None,
+               "usage": None, "error": None}
+    ending = next((event for event in turn_log.events_at_end(2, file) if event[1] in TERMINAL),
+                  None)
+    if ending:
+        event = json_value.decode(ending[2])
+        summary["usage"] = event.get("usage")
+        summary["error"] = event.get("error")
+        if finished:
+            summary["status"] = _outcome(event)
+    return summary
+
+
+def final_message(turn_log, file):
+    """The text of the last agent_message in the open log, or None."""
+    for _, (_, kind, data) in turn_log.backwards(file):
+        if kind == "item.completed" and '"agent_message"' in data:
+            item = json_value.decode(data).get("item")
+            if isinstance(item, dict) and item.get("type") == "agent_message":
+                return item["text"] if isinstance(item.get("text"), str) else None
+    return None
+
+
+def turn_result(turn_log):
+    """What `GET /codex/turns/N` says, but for `turn_usage`.  Raises HTTPError."""
+    with turn_log.open_file() as file:
+        result = turn_summary(turn_log, file)
+        del result["last_event_at"]
+        message = final_message(turn_log, file) if turn_log.finished else None
+    result.update(thread_id=turn_log.thread_id, final_message=message)
+    data = (message or "").encode("utf-8", "replace")
+    if len(data) > MAX_FINAL_MESSAGE:
+        result["final_message"] = data[:MAX_FINAL_MESSAGE].decode("utf-8", "ignore")
+        result["final_message_truncated"] = True
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3117,7 +3119,7 @@ class CodexRunner:
                 break
             with contextlib.suppress(NoSuchTurn):
                 turn_log = self.turn_log(turn_id)
-                result = turn_log.result()
+                result = turn_result(turn_log)
                 result["turn_usage"] = _own_usage(turn_log, result["usage"], usages)
                 usages[turn_log.thread_id] = result["usage"]
                 results.insert(0, result)
@@ -3396,7 +3398,7 @@ class Application:
             turn_log = self.runner.start_turn(message, options, key, fingerprint)
         if prefers_async(request):
             summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
-                       "status": turn_log.summary()["status"]}
+                       "status": turn_summary(turn_log)["status"]}
             response = json_response(summary, 202, [("Preference-Applied", "respond-async")])
         else:
             response = event_stream(request, turn_log, turn_log.start)
@@ -3474,7 +3476,7 @@ class Application:
 
     def _turn(self):
         try:
-            return self.runner.turn_log().summary()
+            return turn_summary(self.runner.turn_log())
         except HTTPError:
             return None
 
