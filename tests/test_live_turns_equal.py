@@ -1,7 +1,7 @@
 """A live turn's events without its deltas are exec's: both by the real Codex, with the same model.
 
-`EXEC` names the exceptions. Of the recorded scenarios the model can't play `mcp`; an empty prompt
-and a missing directory never come to Codex; how turns are stopped is for the tests of the engine.
+`EXEC` names the exceptions. Of the recorded scenarios an empty prompt and a missing directory never
+come to Codex, and how turns are stopped is for the tests of the engine.
 """
 
 import json
@@ -115,7 +115,7 @@ class World:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
 
     def exec(self, message, thread_id=None, **options):
-        """The events of a turn by way of exec; of a key that is there twice the first one counts."""
+        """The events of a turn by way of exec; of a key that is there twice the first counts."""
         with self.start(codex_arguments(self.settings, self.codex, self.options(**options),
                                         thread_id), live=False) as process:
             out, _ = process.communicate(message.encode(), timeout=harness.PATIENCE)
@@ -134,12 +134,12 @@ class World:
 
 
 class LiveTurn:
-    """A turn that a driver drives, as its caller will: `events` and `moments`, when they came."""
+    """A turn that the driver drives, as its caller will."""
 
     def __init__(self, world, message, thread_id=None, options=None):
         self.driver = driver.AppServer(world.settings, world.codex,
                                        world.options(**(options or {})), thread_id, message)
-        self.events, self.moments = [], []
+        self.events = []
         self.process = world.start(self.driver.arguments, live=True)
         self.write(self.driver.input())
 
@@ -149,7 +149,6 @@ class LiveTurn:
 
     def take(self, events):
         self.events += [value for _, _, value in events]
-        self.moments += [time.monotonic()] * len(events)
         for kind, data, value in events:
             assert json.loads(data.decode()) == value and kind.decode() == value["type"]
             assert data.startswith(b'{"type":"%s"' % kind)
@@ -326,15 +325,42 @@ def test_an_unknown_thread_is_refused(world):
     assert len(world.requests()) == before
 
 
-def test_a_broken_mcp_server(world):
+# `read` does no harm, and `act` might: 0.169 wants approval for it, which nobody gives
+MCP_SERVER = """\
+import json, sys
+tools = [{"name": name, "inputSchema": {"type": "object"},
+          "annotations": {"readOnlyHint": harmless}}
+         for name, harmless in (("read", True), ("act", False))]
+for line in sys.stdin:
+    request = json.loads(line)
+    params = request.get("params", {})
+    result = {"initialize": {"protocolVersion": params.get("protocolVersion"),
+                             "capabilities": {"tools": {}},
+                             "serverInfo": {"name": "test", "version": "1"}},
+              "tools/list": {"tools": tools},
+              "tools/call": {"content": [{"type": "text", "text": "done"}],
+                             "structuredContent": {"aKey": 1},
+                             "isError": "bad" in params.get("arguments", {})}}
+    if "id" in request:
+        print(json.dumps({"jsonrpc": "2.0", "id": request["id"],
+                          "result": result.get(request["method"], {})}), flush=True)
+"""
+
+
+def test_mcp_servers(world):
     path = os.path.join(world.settings.codex_home, "config.toml")
     with open(path, encoding="utf-8") as file:
         config = file.read()
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write('\n[mcp_servers.bad]\ncommand = "/nonexistent/mcp"\n')
-        (wanted, _), (live, _) = both(world, directives("say a"))
+            file.write('\n[mcp_servers.bad]\ncommand = "/nonexistent/mcp"\n'
+                       '\n[mcp_servers.srv]\ncommand = %s\nargs = ["-c", %s]\n'
+                       % (json.dumps(sys.executable), json.dumps(MCP_SERVER)))
+        lines = ['call mcp__srv__read {"someKey": {"anotherKey": 1.50}}',
+                 'call mcp__srv__read {"bad": true}', 'call mcp__srv__act {}', "say a"]
+        (wanted, _), (live, _) = both(world, directives(*lines))
         check_equal(world, live, wanted)
+        assert json.dumps(wanted).count('"mcp_tool_call"') == 6
     finally:
         with open(path, "w", encoding="utf-8") as file:
             file.write(config)
