@@ -2226,7 +2226,7 @@ class TurnOptions:
 
     def __init__(self, body, settings):
         defaults = {"model": settings.model, "sandbox_mode": settings.sandbox}
-        self.arguments, self.images, self.since = [], [], {}
+        self.arguments, self.images, self.since, self.values = [], [], {}, {}
         for option in TURN_OPTIONS:
             value = body.get(option.key, defaults.get(option.key))
             if value is None and option.key not in body:
@@ -2235,6 +2235,7 @@ class TurnOptions:
                 checked = option.check(value, settings)
             except ValueError as error:
                 raise bad_parameter(option.key, str(error)) from None
+            self.values[option.key] = checked
             words = self.images if option.key == "images" else self.arguments
             words.extend(option.arguments(checked))
             if option.since(checked):

@@ -262,3 +262,261 @@ def test_a_chain_of_forks_ends_by_itself(codex):
     time.sleep(1)
     pids = pidfile.read_text().split()
     assert len(set(pids)) == len(pids) <= 20 and all(gone(int(pid)) for pid in pids)
+
+
+# As an app-server
+
+APP_SERVER_RUNS = HERE / "app-server-runs"
+CONVERSATIONS = sorted(str(path.relative_to(APP_SERVER_RUNS))[:-len(".jsonl")]
+                       for path in APP_SERVER_RUNS.glob("*/*.jsonl"))
+
+
+def conversation(name):
+    """What was written and what was printed in a recorded conversation: (who, object) each."""
+    text = (APP_SERVER_RUNS / (name + ".jsonl")).read_text(encoding="utf-8")
+    return [(line[0], json.loads(line[2:])) for line in text.split("\n")[:-1]]
+
+
+def printed(messages):
+    return [message for who, message in messages if who == "<"
+            and not message.get("method", "").startswith("codex/event/")]
+
+
+class Server:
+    """A client of the stand-in as an app-server."""
+
+    def __init__(self, codex, version="0.169.0", behaviour=None):
+        path = codex.home / "stand_in_app_server.json"
+        path.write_text(json.dumps(behaviour or {}))
+        self.process = codex.start("--config", 'a="b"', "app-server", version=version)
+        self.home, self.last = codex.home, 0
+        self.events = 0                     # lines `codex/event/`
+
+    def write(self, message):
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def request(self, method, **params):
+        self.last += 1
+        self.write({"id": self.last, "method": method, "params": params})
+
+    def read(self):
+        """The next line, parsed, but for 0.98's `codex/event/`; None at the end."""
+        line = self.process.stdout.readline()
+        if line.startswith(b'{"method":"codex/event/'):
+            self.events += 1
+            return self.read()
+        return json.loads(line) if line.endswith(b"\n") else line.decode() or None
+
+    def until(self, condition):
+        """All that comes until that which meets the condition."""
+        found = [self.read()]
+        while not condition(found[-1]):
+            assert found[-1] is not None, found
+            found.append(self.read())
+        return found
+
+    def answer(self):
+        return self.until(lambda message: "method" not in message)[-1]
+
+    def open(self, thread_id=None):
+        """Begin a thread, or resume one; its id."""
+        self.request("initialize", clientInfo={"name": "test"})
+        assert self.answer()["id"] == self.last
+        if thread_id:
+            self.request("thread/resume", threadId=thread_id, cwd=str(self.home))
+        else:
+            self.request("thread/start", cwd=str(self.home))
+        return self.answer()["result"]["thread"]["id"]
+
+    def turn(self, prompt, thread_id=None):
+        """Start a turn on a new thread: the answer and the turn's id."""
+        self.thread_id = self.open(thread_id)
+        self.request("turn/start", threadId=self.thread_id, input=[
+            {"type": "localImage", "path": "/a.png"}, {"type": "text", "text": prompt}])
+        self.turn_id = self.answer()["result"]["turn"]["id"]
+
+    def steps(self, *steps):
+        self.turn(json.dumps({"stand_in": [{"exit": 98}], "app_server": steps}))
+
+    def rest(self):
+        return self.until(lambda message: message.get("method") == "turn/completed")
+
+    def close(self):
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+def methods(messages):
+    return [message.get("method") for message in messages]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_replay_is_the_recorded_turn(codex, name):
+    messages = printed(conversation(name))
+    if "turn/started" not in methods(messages):
+        return                              # it was refused: below
+    recorded = messages[methods(messages).index("turn/started") + 1:]
+    server = Server(codex, name.split("/")[0])
+    server.steps({"replay": name})
+    assert server.read()["method"] == "turn/started"
+    for wanted in recorded:
+        if "method" in wanted:
+            got = server.read()
+            for ids in (wanted["params"], got["params"]):
+                ids.pop("turnId", None)
+                thread_id = ids.pop("threadId", server.thread_id)
+                ids.get("turn", {}).pop("id", None)
+            assert got == wanted and thread_id == server.thread_id
+    assert server.close() == (0, b"", b"")
+
+
+def check_answer(got, wanted):
+    """The stand-in's answer is like the recorded one, of which it may leave keys out."""
+    assert list(got) == list(wanted)                    # the error before the id, as well
+    if "error" in wanted:
+        assert got["error"]["code"] == wanted["error"]["code"]
+        assert got["error"]["message"].split(",")[0] == wanted["error"]["message"].split(",")[0]
+        return
+    assert set(got["result"]) <= set(wanted["result"])
+    for about in {"thread", "turn"} & set(got["result"]):
+        assert set(got["result"][about]) <= set(wanted["result"][about])
+
+
+STEPS_LIKE = {"words": None, "refused": None, "failed": [{"fail": "no luck"}],
+              "interrupted": [{"begin": "one two"}, {"sleep": 120}],
+              "steered": [{"begin": "one two"}, {"wait_for_steer": True}, {"complete": True}]}
+
+
+@pytest.mark.parametrize("name", sorted(STEPS_LIKE))
+@pytest.mark.parametrize("version", ("0.98.0", "0.169.0"))
+def test_it_converses_as_the_real_one(codex, version, name):
+    """Asked the same, it answers and tells the same, with keys that the real one has, too."""
+    server, ids, spoke = Server(codex, version), {}, False
+    messages = conversation("%s/%s" % (version, name))
+    answers = {message["id"]: message for message in printed(messages) if "id" in message}
+    for message in (message for who, message in messages if who == ">"):
+        params = message.get("params", {})
+        if message["method"] == "turn/start":
+            params["input"] = [{"type": "text", "text": json.dumps(
+                {"app_server": STEPS_LIKE[name]} if STEPS_LIKE[name] else "an ordinary turn")}]
+        for key, about in (("threadId", "thread"), ("turnId", "turn"), ("expectedTurnId", "turn")):
+            if key in params:
+                params[key] = ids.get(about, params[key])
+        if message["method"] in ("turn/steer", "turn/interrupt") and not spoke:
+            server.until(lambda message: message["method"] == "item/agentMessage/delta")
+            spoke = True
+        server.write(message)
+        if "id" in message:
+            got = server.answer()
+            if got["id"] in answers:                    # the recording ended where it was refused
+                check_answer(got, answers[got["id"]])
+            for about in {"thread", "turn"} & set(got.get("result", ())):
+                ids[about] = got["result"][about]["id"]
+    if name != "refused":
+        rest, last = server.rest(), printed(messages)[-1]
+        assert set(methods(rest)) <= set(methods(printed(messages)))
+        assert rest[-1]["params"]["turn"]["status"] == last["params"]["turn"]["status"]
+        assert bool(rest[-1]["params"]["turn"]["error"]) == (name == "failed")
+    assert server.close()[0] == 0
+    assert (server.events > 0) == (version == "0.98.0")
+
+
+def test_an_ordinary_turn_streams_and_its_thread_can_be_resumed_by_exec(codex):
+    server = Server(codex)
+    server.turn("one")
+    rest = server.rest()
+    deltas = [message["params"]["delta"] for message in rest
+              if message["method"] == "item/agentMessage/delta"]
+    assert deltas == ["You", " said:", " one"] and codex.log()[-1]["prompt"] == "one"
+    assert all(message["params"]["threadId"] == server.thread_id for message in rest)
+    assert server.close()[0] == 0
+    thread_id = server.thread_id
+    codex.exec("two", "resume", thread_id)
+    server = Server(codex)
+    server.turn("three", thread_id)
+    server.rest()
+    server.close()
+    texts = [line["payload"]["content"][0]["text"] for line in events(
+        codex.rollouts()[0].read_bytes()) if line["type"] == "response_item"]
+    assert texts == ["one", "You said: one", "two", "You said: two", "three", "You said: three"]
+
+
+def test_execs_steps_are_a_live_turn_too(codex):
+    server = Server(codex)
+    command = {"id": "item_0", "type": "command_execution", "command": "c", "status": "in_progress",
+               "exit_code": None, "aggregated_output": ""}
+    server.turn(json.dumps({"stand_in": [
+        {"thread": "new"}, {"event": {"type": "item.started", "item": command}},
+        {"count": {"n": 2}}, {"touch": str(codex.home / "x")}, {"complete": True}]}))
+    started, command, *_, usage, end = server.rest()
+    assert command["params"]["item"]["status"] == "inProgress"
+    assert command["params"]["item"]["type"] == "commandExecution"
+    assert usage["params"]["tokenUsage"]["total"]["cachedInputTokens"] == 7
+    assert end["params"]["turn"]["status"] == "completed" and (codex.home / "x").exists()
+    server.close()
+
+
+def test_misbehaviour_in_a_turn(codex):
+    server = Server(codex)
+    server.steps({"begin": "half of"}, {"notify": {"method": "a/b", "params": {"c": 1}}},
+                 {"ask": {"method": "item/tool/call", "params": {}}}, {"line": "no JSON"},
+                 {"deltas": {"n": 3, "size": 5}}, {"bytes": {"n": 4}}, {"exit": 7})
+    question = server.until(lambda message: "id" in message)[-1]
+    server.write({"id": question["id"], "error": {"code": -32601, "message": "no"}})
+    assert server.process.stdout.readline() == b"no JSON\n"
+    rest = server.until(lambda message: message == "xxxx")
+    assert [message["params"]["delta"] for message in rest[1:4]] == ["0 xxx", "1 xxx", "2 xxx"]
+    assert server.close()[0] == 7
+
+
+@pytest.mark.parametrize("method", ("initialize", "thread/start", "turn/start"))
+def test_misbehaviour_at_each_step(codex, method):
+    def until_then(*steps):
+        server = Server(codex, behaviour={method: list(steps)})
+        for name in ("initialize", "thread/start", "turn/start"):
+            server.request(name, clientInfo={"name": "test"}, threadId=server.last and thread_id,
+                           input=[])
+            if name == method:
+                return server
+            thread_id = server.answer()["result"].get("thread", {}).get("id")
+    assert until_then({"exit": 3}).close()[0] == 3
+    assert until_then({"kill": "SIGKILL"}).close()[0] == -signal.SIGKILL
+    server = until_then({"answer_half": True}, {"exit": 1})
+    half = server.until(lambda message: isinstance(message, str))[-1]
+    assert half.startswith('{"id":') and server.close()[0] == 1
+    server = until_then({"answer": {"error": {"code": -1, "message": "no"}}})
+    assert server.answer() == {"error": {"code": -1, "message": "no"}, "id": server.last}
+    server.close()
+    server = until_then()
+    server.request("no/such")
+    assert server.answer()["id"] == server.last         # and none to the one before
+    server.close()
+    server = until_then({"answer_later": True})
+    server.request("no/such")
+    first, second = (message["id"] for message in (server.answer(), server.answer()))
+    assert (first, second) == (server.last, server.last - 1)
+    server.close()
+    server = until_then({"answer_big": 18000000})
+    assert len(json.dumps(server.answer())) > 18000000
+    server.close()
+
+
+def test_the_end_of_stdin_in_a_turn(codex):
+    for version, ending in (("0.98.0", b"turn/completed"), ("0.169.0", b"")):
+        server = Server(codex, version)
+        server.steps({"sleep": 0.5}, {"complete": True})
+        status, out, _ = server.close()
+        assert status == 0 and ending in out and (not ending or b"turn/completed" in out)
+
+
+def test_a_second_interrupt_is_not_answered_by_098(codex):
+    for version, answers in (("0.98.0", 1), ("0.169.0", 2)):
+        server = Server(codex, version)
+        server.steps({"begin": "a"}, {"sleep": 120})
+        for _ in range(2):
+            server.request("turn/interrupt", threadId=server.thread_id, turnId=server.turn_id)
+        server.request("no/such")
+        got = server.until(lambda message: message.get("id") == server.last)
+        assert sum("id" in message for message in got) == answers + 1
+        server.close()
