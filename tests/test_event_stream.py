@@ -173,7 +173,7 @@ def test_a_message_of_five_megabytes_arrives(engine):
     assert read["prompt_length"] == 2500000
 
 
-@pytest.mark.parametrize("message", ["-", "--help", "\u2028\x00\ud800 x", " "])
+@pytest.mark.parametrize("message", ["-", "--help", "\u2028\x00\ud800 x", " x "])
 def test_a_message_is_data(engine, message):
     engine.send(message)
     assert engine.prompts() == [message.replace("\ud800", "\ufffd")]
