@@ -507,7 +507,7 @@ DOTENV_BARE = re.compile(r"[^#\n]*")
 
 def _quoted_end(text, begin):
     """Where the value ends whose quotation mark is at `begin`, or None: at the first such mark
-    without a backslash before it, else at the last with one, where nothing but a comment follows."""
+    without a backslash before it, else the last with one, where nothing but a comment follows."""
     ends = []
     for mark in re.compile(text[begin]).finditer(text, begin + 1):
         ends.append(mark.end())
@@ -1752,23 +1752,6 @@ def json_line(line):
     return text
 
 
-def decompressed(path, packed):
-    """The text of the open compressed rollout `packed`, which is the one at `path`, in blocks; in
-    at most some 128 MiB of memory, whatever the file asks for.  Raises OSError, and HTTPError 500
-    where there is nothing to decompress it with."""
-    try:
-        from compression import zstd                        # Python 3.14 and newer
-    except ImportError:
-        yield from decompressed_by_program(path, packed)
-        return
-    window = {zstd.DecompressionParameter.window_log_max: 27}
-    try:
-        with zstd.open(packed, options=window) as text:
-            yield from iter(lambda: text.read(BLOCK_SIZE), b"")
-    except (EOFError, zstd.ZstdError) as error:
-        raise OSError(errno.EIO, str(error), path) from None
-
-
 def decompressed_by_program(path, packed):
     program = shutil.which("zstd")
     if program is None:
@@ -1787,6 +1770,23 @@ def decompressed_by_program(path, packed):
             exit_status = child.wait()
     if exit_status:
         raise OSError(errno.EIO, "zstd can't decompress it: exit status %d" % exit_status, path)
+
+
+def decompressed(path, packed):
+    """The text of the open compressed rollout `packed`, which is the one at `path`, in blocks; in
+    at most some 128 MiB of memory, whatever the file asks for.  Raises OSError, and HTTPError 500
+    where there is nothing to decompress it with."""
+    try:
+        from compression import zstd                        # Python 3.14 and newer
+    except ImportError:
+        yield from decompressed_by_program(path, packed)
+        return
+    window = {zstd.DecompressionParameter.window_log_max: 27}
+    try:
+        with zstd.open(packed, options=window) as text:
+            yield from iter(lambda: text.read(BLOCK_SIZE), b"")
+    except (EOFError, zstd.ZstdError) as error:
+        raise OSError(errno.EIO, str(error), path) from None
 
 
 ROLLOUT_PROBLEMS = {                       # an error's number: status, what to do
