@@ -1352,10 +1352,15 @@ def turn_result(turn_log):
 # ---------------------------------------------------------------------------------------------
 # Which processes are a turn's?  Codex gives every command a session of its own (0.98 and newer)
 # or none (0.50), and whatever loses its parent leaves the tree, so neither process group nor tree
-# tells.  Two things do: an environment variable that every descendant inherits, and that the
-# engine is the subreaper of its descendants (prctl(2)), so that orphans become its children.
-# Every turn begins a session, so the process group of one of its processes is its own altogether:
-# signals go to groups, lest somebody who forks all the time is a new process before each arrives.
+# tells by itself.  Three things together do.  The engine is the subreaper of its descendants
+# (prctl(2)): while it lives, an orphan that is younger than Codex is its child and the turn's, but
+# for those of earlier turns.  No session is shared by two turns.  And all descendants inherit a
+# variable, unless they drop it, by which a later engine finds them and this one tells the turns
+# apart.  Signals go to process groups, lest somebody who forks all the time is a new process before
+# each arrives.
+#
+# Nobody is gone because a look didn't show him: Codex is when it was waited for, a process group
+# when kill(2) says ESRCH, and a look that fails is an OSError.
 
 MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
 PR_SET_CHILD_SUBREAPER = 36                # <linux/prctl.h>
@@ -1363,11 +1368,34 @@ INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its
 TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
 KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
 PROCESS_POLL = 0.02                        # seconds between two looks at the process table
+MAX_COMMAND = 200                          # characters of a command line that are told
 
-_starting = threading.Lock()               # a child of ours is started and known, or orphans reaped
 NOFILE_LIMITS = resource.getrlimit(resource.RLIMIT_NOFILE)     # what this process began with
-_own_children = set()                      # pids that somebody else waits for; added to under it
-_reaped = 0                                # how many orphans were; guarded by it
+
+# Guards what follows; held while a child of ours is started, so that it is known when it is seen,
+# while orphans are reaped, and during a look at the process table.
+_starting = threading.Lock()
+_own_children = set()                      # pids that somebody else waits for
+_marks = set()                             # of the turns that this engine ran
+_old_sessions = set()                      # that there were when the last one ended and left some
+_reaped = 0                                # how many orphans were
+_spare = []                                # a descriptor to be given up for a look
+
+
+def reap_orphans():
+    """Wait for the dead among the processes that became ours because we are their subreaper; how
+    many those were in all.  Takes no descriptor and doesn't look into /proc."""
+    global _reaped
+    with _starting, contextlib.suppress(ChildProcessError):
+        while True:
+            dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if dead is None:
+                break
+            _reaped += 1
+            if dead.si_pid in _own_children:
+                break                       # Child.wait will see to those who may be behind it
+            os.waitpid(dead.si_pid, 0)
+    return _reaped
 
 
 class Child(subprocess.Popen):
@@ -1375,167 +1403,278 @@ class Child(subprocess.Popen):
 
     def wait(self, timeout=None):
         status = super().wait(timeout)
-        _own_children.discard(self.pid)
+        with _starting:
+            _own_children.discard(self.pid)
+        reap_orphans()
         return status
 
 
-def start_process(argv, **options):
-    """Start a Child in a session of its own.  Raises OSError and ValueError as Popen does."""
+def start_process(argv, processes=None, **options):
+    """Start a Child in a session of its own; where it is a turn's Codex, `processes` are the
+    TurnProcesses that begin with it.  Raises OSError and ValueError as Popen does."""
     with _starting:
         child = Child(argv, start_new_session=True, **options)
         _own_children.add(child.pid)
     with contextlib.suppress(OSError):      # ours was raised; select(2) needs small descriptors
         resource.prlimit(child.pid, resource.RLIMIT_NOFILE, NOFILE_LIMITS)
+    if processes:
+        try:
+            processes.begin(child)
+        except BaseException:
+            with child:
+                child.kill()
+            raise
     return child
 
 
-Process = collections.namedtuple("Process", "parent group state started")
+Process = collections.namedtuple("Process", "parent group session state started_ticks")
 
 
-def lives(entry):
-    """Whether a Process is one, and no zombie."""
-    return entry.state not in (None, b"Z", b"X")
-
-
-def _read_proc(pid, name):
+def _in_proc(call, path):
+    """call(path) for a path in /proc, if need be with the descriptor that is kept for this; None
+    if the process is gone or hides it.  Raises OSError if that can't be told."""
     try:
-        with open("/proc/%s/%s" % (pid, name), "rb", buffering=0) as file:
-            return file.read(1024 * 1024)
-    except OSError:
-        return b""                          # gone, or not ours to look into
+        try:
+            if not _spare:
+                _spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            return call(path)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not _spare:
+                raise
+            os.close(_spare.pop())
+            return call(path)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+
+
+def _read(path):
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def process(pid):
-    """The Process that has the pid now; its fields are None if there is none."""
-    line = _read_proc(pid, "stat")
+    """The Process that has the pid now, from /proc/<pid>/stat (proc(5)), or None if none is seen.
+    Its `started_ticks` tell it from others with the same pid: clock ticks since the machine's
+    boot.  Raises OSError."""
+    line = _in_proc(_read, "/proc/%d/stat" % pid)
     if not line:
-        return Process(None, None, None, None)
+        return None
     fields = line[line.rindex(b")") + 2:].split()
-    return Process(int(fields[1]), int(fields[2]), fields[0], int(fields[19]))
+    return Process(int(fields[1]), int(fields[2]), int(fields[3]), fields[0], int(fields[19]))
 
 
 def processes():
-    """(pid, Process) of all that there are, from /proc/<pid>/stat (proc(5)); `started` tells two
-    processes apart that had the same pid: clock ticks since the machine's boot."""
-    for name in reversed(os.listdir("/proc")):      # the newest first: they may be gone the soonest
-        if name.isdigit():
-            entry = process(name)
-            if entry.started is not None:
-                yield int(name), entry
+    """(pid, Process) of all that are seen.  Raises OSError."""
+    for name in reversed(_in_proc(os.listdir, "/proc") or ()):  # the newest may be gone the soonest
+        entry = process(int(name)) if name.isdigit() else None
+        if entry:
+            yield int(name), entry
 
 
-def mark_of(pid):
-    """The mark in the environment with which a process was started, or None."""
-    variable = b"\0" + MARK.encode() + b"="
-    _, found, rest = (b"\0" + _read_proc(pid, "environ")).partition(variable)
-    return rest.partition(b"\0")[0].decode("ascii", "replace") if found else None
+def lives(pid, entry):
+    """Whether it is no zombie: a process whose first thread has ended only looks like one."""
+    return (entry.state not in (b"Z", b"X")
+            or len(_in_proc(os.listdir, "/proc/%d/task" % pid) or ()) > 1)
 
 
-def reap_orphans():
-    """Wait for the dead among the processes that became ours because we are their subreaper; how
-    many those were in all."""
-    global _reaped
-    with _starting:
-        with contextlib.suppress(ChildProcessError):
-            if not os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                return _reaped              # nobody is dead: the usual case, and a cheap one
-        for pid, entry in processes():
-            if entry.state == b"Z" and entry.parent == os.getpid() and pid not in _own_children:
-                with contextlib.suppress(ChildProcessError):
-                    _reaped += os.waitpid(pid, os.WNOHANG)[0] == pid
-        return _reaped
+def marks_of(pid):
+    """The marks in the environment with which a process was started."""
+    environment = b"\0" + (_in_proc(_read, "/proc/%d/environ" % pid) or b"")
+    return {value.decode("ascii", "replace")
+            for value in re.findall(b"\0" + MARK.encode() + b"=([^\0]*)", environment)}
+
+
+def command_of(pid):
+    """The beginning of its command line, or None."""
+    words = (_in_proc(_read, "/proc/%d/cmdline" % pid) or b"").rstrip(b"\0").split(b"\0")
+    return b" ".join(words).decode("utf-8", "replace")[:MAX_COMMAND] or None
 
 
 class TurnProcesses:
     """Everything that one turn started, in whatever process group or session it sits.
 
-    `mark` is the turn's, `codex` the pid of its Codex, which began at `started` (see Process;
-    default: the one that has the pid now).  `earlier` are the process groups that there were before
-    it, or None if it was another engine that started it.
+    Made before Codex, which start_process() then begins, or from what an engine that has ended
+    wrote down: then Codex is not our child, and only what it was and the mark tell.
     """
 
-    def __init__(self, mark, codex, started=None, earlier=None):
+    def __init__(self, mark, pid=None, started_ticks=None):
         self.mark = mark
-        self.codex = codex
-        self.started = process(codex).started if started is None else started
-        self.earlier = earlier
-        self.seen = {(codex, self.started)}     # once a turn's, always that turn's
-        self.groups = set()                     # those that there are
+        self.child = None                   # Codex, if it is ours
+        self.pid = pid                      # Codex's
+        self.started_ticks = started_ticks  # Codex's; None if that is unknown
+        self._seen = {(pid, started_ticks)}     # once a turn's, always its
+        self._groups = set()                # process groups of its that there are
+        self._sessions = set()              # of its that there were
+
+    @classmethod
+    def create(cls, mark):
+        """Those of a turn whose Codex is still to be started."""
+        return cls(mark)
+
+    def begin(self, child):
+        """`child` is the turn's Codex, which has no prompt yet.  Raises OSError."""
+        entry = process(child.pid)
+        with _starting:
+            _marks.add(self.mark)
+        self.child, self.pid = child, child.pid
+        self.started_ticks = entry.started_ticks if entry else None
+        self._groups.add(child.pid)
+        self._sessions.add(child.pid)
+
+    def saved(self):
+        """What from_saved() needs: an object for JSON."""
+        return {"mark": self.mark, "boot": boot_id(),
+                "codex": {"pid": self.pid, "started": self.started_ticks}}
+
+    @classmethod
+    def from_saved(cls, saved):
+        """Those of a turn that another engine ran, from an object that holds what saved() gave.
+        Raises ValueError if it isn't what an engine writes."""
+        mark, codex = saved.get("mark"), saved.get("codex")
+        if not (isinstance(mark, str) and mark and isinstance(codex, dict)):
+            raise ValueError("it doesn't tell the turn's processes")
+        pid, started_ticks = codex.get("pid"), codex.get("started")
+        for number in (pid, started_ticks):
+            if number is not None and not (type(number) is int and 0 < number < 1 << 62):
+                raise ValueError("it doesn't tell which process was Codex")
+        # Pids are given again, after a boot at the same ticks, too.
+        known = pid is not None and saved.get("boot") == (boot_id() or "unknown")
+        return cls(mark, pid, started_ticks) if known else cls(mark)
+
+    # Looking
+
+    def is_codex_there(self):
+        """Whether the turn's Codex lives; False only if that is sure.  Raises OSError."""
+        if self.child:
+            return self.child.poll() is None
+        if self.pid is None:
+            return False
+        entry = process(self.pid)
+        if entry:
+            return entry.started_ticks == self.started_ticks and lives(self.pid, entry)
+        try:
+            os.kill(self.pid, 0)            # it may be there and hidden, if it is our user's
+        except (OSError, OverflowError):
+            return False
+        return True
 
     def find(self, kill=False):
-        """The turn's living processes: {pid: parent}.
+        """The pids of the turn's living processes.  Raises OSError if they can't be told.
 
         `kill`: each gets SIGKILL at sight and then once more with its group.  In a chain of forks
         it would be another one a moment later.
         """
         table, found = {}, set()
-        with _starting:                     # or a child of ours that has no mark yet looks like one
-            self.groups = {group for group in self.groups if self._signal(group, 0)}
+        with _starting:
+            self._groups = {group for group in self._groups if self._signal(group, 0)}
             for pid, entry in processes():
                 table[pid] = entry
-                if self._has(pid, entry):
+                if kill and self._has(pid, entry):
                     found.add(pid)
-                    if kill:
-                        with contextlib.suppress(OSError):
-                            os.kill(pid, signal.SIGKILL)
-        children = collections.defaultdict(list)
-        for pid, entry in table.items():
-            children[entry.parent].append(pid)
-        unvisited = list(found)
-        while unvisited:
-            new = set(children[unvisited.pop()]) - found
-            found |= new
-            unvisited += new
-        found = {pid for pid in found if lives(table[pid])}
-        self.seen |= {(pid, table[pid].started) for pid in found}
-        self.groups |= {table[pid].group for pid in found} - {0, 1, os.getpgrp()}
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
+            if os.getpid() not in table:
+                raise FileNotFoundError(errno.ENOENT, "it doesn't show the processes", "/proc")
+            _old_sessions.update(entry.session for entry in table.values()
+                                 if entry.started_ticks < (self.started_ticks or 0))
+            found |= {pid for pid, entry in table.items() if self._has(pid, entry)}
+        self._add_descendants(table, found)
+        if os.getpid() in found:
+            raise ValueError("the turn's processes are said to be the engine's own")
+        found = {pid for pid in found if lives(pid, table[pid])}
+        self._seen |= {(pid, table[pid].started_ticks) for pid in found}
+        self._sessions |= {table[pid].session for pid in found}
+        self._groups |= {table[pid].group for pid in found} - {0, 1, os.getpgrp()}
         if kill:
             self._signal_groups(signal.SIGKILL)
-        return {pid: table[pid].parent for pid in found}
+        # Where a group exists and none of its processes is seen, they are hidden from us.
+        return found | self._groups - {entry.group for entry in table.values()}
+
+    def _add_descendants(self, table, found):
+        children = collections.defaultdict(set)
+        for pid, entry in table.items():
+            children[entry.parent].add(pid)
+        unvisited = list(found)
+        if self.child and self.child.poll() is None:
+            unvisited.append(self.pid)      # it may be hidden itself
+        while unvisited:
+            new = children[unvisited.pop()] - found
+            found |= new
+            unvisited += new
 
     def _has(self, pid, entry):
         """Whether a process is the turn's, going by what it is itself."""
-        if (pid, entry.started) in self.seen or entry.group in self.groups:
+        if (pid, entry.started_ticks) in self._seen or entry.session in self._sessions:
             return True
-        mark = mark_of(pid)
-        return mark == self.mark or mark is None and self._is_orphan(pid, entry)
+        if entry.started_ticks < (self.started_ticks or 0):
+            return False
+        if not self.child:
+            return self.mark in marks_of(pid)
+        if entry.parent != os.getpid() or pid in _own_children:
+            return False
+        marks = marks_of(pid)
+        # Process 1 is the parent of all that a container loses: there only a mark tells.
+        return self.mark in marks or (
+            os.getpid() != 1 and not marks & _marks and entry.session not in _old_sessions)
 
-    def _is_orphan(self, pid, entry):
-        """Whether it is a child of ours that is nobody else's, one without a mark: an orphan that
-        dropped its environment.  Those of earlier turns sit in groups that were there before."""
-        return (self.earlier is not None and entry.parent == os.getpid()
-                and pid not in _own_children and lives(entry)
-                and entry.group not in self.earlier)
+    # Stopping
 
     def stop(self):
-        """Stop them all, politely first; returns when none is left.
+        """Stop them all, politely first; what could not be stopped, [{"pid": …, "command": …}].
 
         SIGINT goes to Codex alone, which (0.98 and newer) ends its command and notes in the
         rollout that the turn was aborted; then SIGTERM and at last SIGKILL go to whatever is left.
+        Raises OSError if it can't be told whether anything is left, ValueError if it would be us.
         """
-        there = self.find()
-        top = {pid for pid, parent in there.items() if parent not in there}
-        if self.codex in there:
-            top = {self.codex}
-        for pid in top:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGINT)
-        self._wait(lambda: not top & set(self.find()), INTERRUPT_PATIENCE)
+        try:
+            self.find()
+        except OSError:
+            if not self.child:
+                raise
+        self._signal_codex(signal.SIGINT)
+        self._wait(lambda: not self.is_codex_there(), INTERRUPT_PATIENCE)
         self._signal_groups(signal.SIGTERM)
-        self._wait(self._is_over, TERMINATE_PATIENCE)
-        if not self._wait(lambda: self._is_over(kill=True), KILL_PATIENCE):
-            logger.error("these processes of the turn can't be killed: %s", sorted(self.find()))
+        if (self._wait(self._is_over, TERMINATE_PATIENCE)
+                or self._wait(lambda: self._is_over(kill=True), KILL_PATIENCE)):
+            return []
+        left = self.find() | ({self.pid} if self.is_codex_there() else set())
+        return [{"pid": pid, "command": command_of(pid)} for pid in sorted(left)]
+
+    def kill_codex(self):
+        """Kill Codex, and nothing that it started."""
+        self._signal_codex(signal.SIGKILL)
+
+    def _signal_codex(self, number):
+        """Signal Codex, and where that is a script that waits for the real one, that one too: what
+        is in its process group and has the same standard output, or doesn't let us see it."""
+        if not self.is_codex_there() or not (self.child or process(self.pid)):
+            return
+        codexes = {self.pid}
+        with contextlib.suppress(OSError):
+            stdout = self._stdout_of(self.pid)
+            codexes |= {pid for pid, entry in processes()
+                        if entry.group == self.pid and self._stdout_of(pid) in (stdout, None)}
+        for pid in codexes:
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+
+    @staticmethod
+    def _stdout_of(pid):
+        try:
+            return os.readlink("/proc/%d/fd/1" % pid)
+        except OSError as error:
+            return None if isinstance(error, PermissionError) else ""
 
     def _is_over(self, kill=False):
         """Whether nothing is left: nobody was seen, and nobody died unseen, for he may have left a
         child that is younger than the look at the processes."""
-        codex, before = process(self.codex), reap_orphans()
-        if self.find(kill) or codex.started == self.started and lives(codex):
-            return False
-        return reap_orphans() == before
+        if kill:
+            self._signal_groups(signal.SIGKILL)     # also if the look fails
+        there, before = self.is_codex_there(), reap_orphans()
+        return not self.find(kill) and not there and reap_orphans() == before
 
     def _signal_groups(self, number):
-        for group in self.groups:
+        for group in self._groups:
             self._signal(group, number)
 
     @staticmethod
@@ -1549,16 +1688,30 @@ class TurnProcesses:
             pass
         return True
 
+    def discard(self):
+        """The turn has ended: what is left of it stays, and is none of the next one's."""
+        with contextlib.suppress(OSError):
+            try:
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                sessions = {entry.session for _, entry in processes()}
+            except ChildProcessError:       # we have no child: the usual case, and a cheap one
+                sessions = ()
+            with _starting:
+                _old_sessions.clear()
+                _old_sessions.update(sessions)
+
     @staticmethod
     def _wait(condition, patience):
-        """Look at the process table until `condition()` or for `patience` seconds.  Nothing tells
-        when a process that is not our child has ended, so this polls."""
+        """Look until `condition()` or for `patience` seconds.  Nothing tells when a process that
+        is not our child has ended, so this polls; a look that fails is followed by another."""
         pause, deadline = threading.Event(), time.monotonic() + patience
-        while not condition():
+        while True:
+            with contextlib.suppress(OSError):
+                if condition():
+                    return True
             if time.monotonic() > deadline:
                 return False
             pause.wait(PROCESS_POLL)
-        return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2328,9 +2481,10 @@ class CodexRun:
     or the thread that waits for it can't be started; then nothing is left of it.
     """
 
-    def __init__(self, driver, settings, codex, mark, alarm):
+    def __init__(self, driver, settings, codex, processes, alarm):
         """`alarm` is the Alarm that tells when the process has exited."""
         self.driver = driver
+        self.processes = processes
         self.alarm = alarm
         self.events = []                    # that came and were not taken yet
         self.stderr = b""                   # its end
@@ -2339,22 +2493,19 @@ class CodexRun:
         self._line = bytearray()            # a line whose end is still to come
         self._too_long = False              # its beginning was thrown away
         self.child = start_process(
-            driver.arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            driver.arguments, processes, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, bufsize=0, cwd=settings.workspace,
-            env=codex_environment(settings, codex, mark))
+            env=codex_environment(settings, codex, processes.mark))
         self.streams = (self.child.stdin, self.child.stdout, self.child.stderr)
         self._selector = selectors.DefaultSelector()
         try:
-            self._wire(mark)
+            self._wire()
         except BaseException:
             self.child.kill()
             self.close()
             raise
 
-    def _wire(self, mark):
-        # Codex does nothing yet, so whoever else is there now was there before the turn.
-        earlier = {entry.group for pid, entry in processes() if pid != self.child.pid}
-        self.processes = TurnProcesses(mark, self.child.pid, earlier=earlier)
+    def _wire(self):
         for stream in self.streams:
             os.set_blocking(stream.fileno(), False)
         self._selector.register(self.alarm.fd, selectors.EVENT_READ, self.alarm.clear)
@@ -2609,14 +2760,14 @@ class Turn:
 
     def header(self):
         """The log's header: what is known of the turn before its first event."""
-        codex = {"pid": self.run.child.pid, "started": self.run.processes.started}
         return {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
-                "boot": boot_id(), "mark": self.mark, "codex": codex}
+                **self.run.processes.saved()}
 
     def _launch(self, thread_id):
         """Start Codex on the thread, or on a new one."""
         driver = Exec(self.settings, self.codex, self.options, thread_id, self.message)
-        self.run = CodexRun(driver, self.settings, self.codex, self.mark, self.alarm)
+        self.run = CodexRun(driver, self.settings, self.codex,
+                            TurnProcesses.create(self.mark), self.alarm)
         self.progress_at = time.monotonic()
 
     def _not_started(self, error):
@@ -2698,7 +2849,7 @@ class Turn:
     def _too_late(self, code):
         if code is None:                    # the turn has ended by itself: what it left may stay
             logger.warning("turn %d: Codex doesn't exit and is killed", self.id)
-            self.run.child.kill()
+            self.run.processes.kill_codex()
         else:
             self.runner.stop(self, code)
 
@@ -2763,6 +2914,7 @@ class Turn:
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
         with contextlib.ExitStack() as stack:           # the last one first
             stack.callback(self.runner.prune)
+            stack.callback(self.run.processes.discard)
             stack.callback(reap_orphans)
             stack.callback(self._be_over)
             stack.callback(self.runner.release, self)
@@ -3029,10 +3181,11 @@ class CodexRunner:
 
     def _end_broken(self, turn_log):
         try:
-            codex = turn_log.header["codex"]
-            TurnProcesses(turn_log.header["mark"], codex["pid"], codex["started"] or 0).stop()
-        except (KeyError, TypeError):
-            logger.error("turn %d: its header doesn't tell its processes", turn_log.turn_id)
+            left = TurnProcesses.from_saved(turn_log.header).stop()
+            if left:
+                logger.error("turn %d: this can't be stopped: %s", turn_log.turn_id, left)
+        except (OSError, ValueError) as error:
+            logger.error("turn %d: its processes can't be stopped: %s", turn_log.turn_id, error)
         with turn_log.open_file() as file:
             ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1, file))
         self.finish_log(turn_log, [] if ended else failure(STOP_MESSAGES["engine_restarted"],

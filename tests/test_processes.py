@@ -1,7 +1,11 @@
 """Stopping: everything that a turn started, in whatever session; and nothing else."""
 
+import contextlib
+import errno
 import itertools
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -153,6 +157,7 @@ def sleeper(number, **how):
 
 HANG = {"sleep": 120}
 BEGIN = {"thread": "resume"}
+IGNORE = {"ignore": ["SIGINT", "SIGTERM"]}
 
 
 @pytest.mark.parametrize("how", [
@@ -295,70 +300,413 @@ def test_orphans_that_die_are_reaped_while_nothing_happens(engine):
     wait_for(lambda: not zombies_of(engine.process.pid))
 
 
-# TurnProcesses itself
+# What gets away from the ways to know a turn's processes
 
-def spawn(mark=None, code="import time; time.sleep(300)"):
-    env = dict(os.environ, **({replicas_engine.MARK: mark} if mark else {}))
-    child = subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True)
-    wait_for(lambda: b"-c" in command_of(child.pid))
+PARTLY_DEAD = """\
+import ctypes, os, sys, threading, time
+threading.Thread(target=time.sleep, args=(120,)).start()
+open(sys.argv[1], "w").write(str(os.getpid()))
+os.rename(sys.argv[1], sys.argv[1] + ".done")
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)
+"""
+
+
+def threads_of(pid):
+    try:
+        return os.listdir("/proc/%d/task" % pid)
+    except OSError:
+        return []
+
+
+@pytest.mark.parametrize("how", [{}, {"session": True}, {"clean_env": True, "session": True}],
+                         ids=lambda how: " ".join(how) or "plain")
+def test_a_process_whose_first_thread_has_ended(engine, how):
+    """It looks like a zombie, and is none."""
+    path = os.path.join(engine.folder, "pid")
+    argv = [sys.executable, "-c", PARTLY_DEAD, path]
+    engine.start_turn(script(BEGIN, {"spawn": dict(
+        {"argv": argv, "stdout": "null", "double_fork": True}, **how)}, HANG))
+    wait_for(lambda: os.path.exists(path + ".done"))
+    with open(path + ".done", encoding="ascii") as file:
+        pid = int(file.read())
+    wait_for(lambda: not is_alive(pid))
+    assert len(threads_of(pid)) == 2
+    assert engine.post("/codex/interrupt").json()["interrupted"] is True
+    assert not threads_of(pid)
+
+
+@pytest.mark.parametrize("value", ["", "another", "0123456789abcdef" * 2])
+def test_a_process_with_another_mark_that_left_the_tree(engine, value):
+    number = unique()
+    argv = ["env", "%s=%s" % (replicas_engine.MARK, value), "setsid", "-f", "sleep", number]
+    engine.start_turn(script(BEGIN, {"spawn": {"argv": argv, "stdout": "null"}}, HANG))
+    wait_for(lambda: sleepers(number))
+    assert engine.post("/codex/interrupt").json()["interrupted"] is True
+    assert not running(number)
+
+
+def test_a_bystander_that_an_earlier_turn_left_forks_while_another_is_stopped(engine):
+    """Without a mark: it is the session that tells it from the turn's own orphans."""
+    number, other = unique(), unique()
+    forks = ("trap 'sleep %s & exit' USR1; while :; do sleep 0.01; done" % number)
+    pids = os.path.join(engine.folder, "pids")
+    engine.send(script(BEGIN, {"spawn": {"argv": ["bash", "-c", forks], "stdout": "null",
+                                         "session": True, "clean_env": True, "pidfile": pids}},
+                       {"complete": True}))
+    with open(pids, encoding="ascii") as file:
+        pid = int(file.read())
+    engine.start_turn(script(BEGIN, sleeper(other, session=True, clean_env=True), HANG))
+    wait_for(lambda: sleepers(other))
+    os.kill(pid, signal.SIGUSR1)
+    wait_for(lambda: not is_alive(pid))
+    server, = sleepers(number)
+    engine.post("/codex/interrupt")
+    assert not running(other)
+    assert sleepers(number) == [server]
+    os.kill(server, signal.SIGKILL)
+
+
+@pytest.fixture
+def shim(tmp_path):
+    """A script as CODEX_PATH that starts Codex and waits for it."""
+    path = tmp_path / "codex"
+    path.write_text('#!/bin/sh\n"%s" "$@"\nexit $?\n' % harness.STAND_IN_CODEX)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_codex_behind_a_script_that_does_not_exit_after_its_turn(make_engine, shim):
+    engine = make_engine(CODEX_PATH=shim)
+    number = unique()
+    turn = engine.start_turn(script(IGNORE, BEGIN, sleeper(number, session=True),
+                                    {"complete": True}, HANG))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"] == "%d.2" % turn)
+    codex = engine.calls()[-1]["pid"]
+    assert engine.post("/codex/interrupt").json()["interrupted"] is False
+    assert not is_alive(codex)
+    server, = sleepers(number)              # which it left on purpose
+    os.kill(server, signal.SIGKILL)
+
+
+def test_a_codex_behind_a_script_is_asked_politely(make_engine, shim):
+    engine = make_engine(CODEX_PATH=shim)
+    last = {"type": "item.completed", "item": {"id": "item_9", "type": "error", "message": "Stop."}}
+    turn = engine.start_turn(script(BEGIN, {"on_sigint_print": last}, {"event": {"type": "x"}},
+                                    HANG))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"] == "%d.2" % turn)
+    engine.post("/codex/interrupt")
+    assert [event.type for event in engine.events(turn)][2] == "item.completed"
+
+
+def works(command):
+    try:
+        return subprocess.run(command, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
+
+
+NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+def test_a_bystander_under_an_engine_that_is_process_1(make_engine):
+    """Whoever loses his parent in a container becomes the child of its process 1."""
+    if not works(NAMESPACE + ["true"]):
+        conftest.unavailable("a PID namespace can't be made: that takes root")
+    engine = make_engine(start=False)
+    engine.program = NAMESPACE + harness.Engine.program
+    engine.start()
+    try:
+        number, mine = unique(), unique()
+        engine.start_turn(script(BEGIN, sleeper(mine, session=True, double_fork=True),
+                                 sleeper(mine, clean_env=True), HANG))
+        wait_for(lambda: len(sleepers(mine)) == 2)
+        process_1 = child_of(engine.process.pid)
+        subprocess.run(["nsenter", "--target", str(process_1), "--pid", "sh", "-c",
+                        "setsid sleep %s >/dev/null 2>&1 &" % number], check=True)
+        server, = wait_for(lambda: sleepers(number))
+        engine.post("/codex/interrupt")
+        assert not running(mine)
+        assert sleepers(number) == [server]
+    finally:
+        engine.kill()                       # and its whole namespace with it
+        wait_for(lambda: not running(number) and not running(mine))
+
+
+def child_of(parent):
+    child, = [pid for pid, entry in replicas_engine.processes() if entry.parent == parent]
     return child
 
 
-def reaped(child):
-    """Stop what the test started, and wait for it, as a parent does."""
-    child.kill()
-    child.wait()
+# Looks that fail
+
+UNDUMPABLE = """\
+#!%s
+import ctypes, runpy
+ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+runpy.run_path(%r, run_name="__main__")
+"""
+# Even root sees only what it may trace, if it can't trace everything and isn't of the group root.
+CONFINED = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace", "--regid=65534",
+            "--clear-groups"]
+HIDING = ["unshare", "--mount", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$@"',
+          "sh"] + CONFINED
 
 
-def stop_and_reap(processes, child):
-    reaper = threading.Thread(target=child.wait)
+@pytest.mark.parametrize("signals", [{"ignore": []}, {"ignore": ["SIGINT", "SIGTERM"]}],
+                         ids=["polite", "deaf"])
+def test_a_codex_that_the_process_table_hides(make_engine, tmp_path, signals):
+    """hidepid=2 of proc(5), and a Codex that isn't dumpable, as 0.50 makes itself."""
+    if not works(HIDING + ["true"]):
+        conftest.unavailable("/proc can't be mounted anew: that takes root")
+    program = tmp_path / "codex"
+    program.write_text(UNDUMPABLE % (sys.executable, harness.STAND_IN_CODEX))
+    program.chmod(0o755)
+    engine = make_engine(start=False, CODEX_PATH=str(program))
+    engine.program = HIDING + harness.Engine.program
+    engine.start()
+    number = unique()
+    engine.start_turn(script(signals, BEGIN, sleeper(number, session=True), HANG))
+    wait_for(lambda: sleepers(number))
+    codex = engine.calls()[-1]["pid"]
+    inside = ["nsenter", "--target", str(engine.process.pid), "--mount"]
+    inside += CONFINED + ["ls", "/proc"]
+    seen = subprocess.run(inside, stdout=subprocess.PIPE, check=True).stdout.split()
+    assert str(engine.process.pid).encode() not in seen and str(codex).encode() not in seen
+    assert engine.post("/codex/interrupt").json()["interrupted"] is True
+    assert not is_alive(codex) and not running(number)
+
+
+# TurnProcesses itself
+
+MARK = "1234abcd" * 4
+
+
+@pytest.fixture
+def begin():
+    """A function that starts a process as a turn's Codex: the TurnProcesses that begin with it."""
+    children = []
+
+    def start(command="exec sleep 300", mark=MARK):
+        turn = replicas_engine.TurnProcesses.create(mark)
+        env = dict(os.environ, **{replicas_engine.MARK: mark})
+        child = replicas_engine.start_process(["sh", "-c", command], turn, env=env)
+        children.append(child)
+        if command.endswith("exec sleep 300"):
+            wait_for(lambda: command_of(child.pid)[0] == b"sleep")
+        return turn
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def recovered(turn, boot=None, **codex):
+    """What another engine makes of what this one saved, but for what is told here."""
+    saved = turn.saved()
+    saved["codex"].update(codex)
+    saved["boot"] = boot or saved["boot"]
+    return replicas_engine.TurnProcesses.from_saved(json.loads(json.dumps(saved)))
+
+
+@contextlib.contextmanager
+def waited_for(turn):
+    """As an engine's thread does, and process 1 when that engine has ended."""
+    reaper = threading.Thread(target=turn.child.wait)
     reaper.start()
-    processes.stop()
+    yield
     reaper.join()
 
 
-def test_a_process_that_merely_has_the_same_pid():
-    child = spawn()
+def test_stopping(begin):
+    turn = begin()
+    assert turn.find() == {turn.pid} and turn.is_codex_there()
+    assert turn.stop() == [] and turn.stop() == []
+    assert turn.child.returncode == -signal.SIGINT
+    assert turn.find() == set() and not turn.is_codex_there()
+
+
+def test_stopping_what_another_engine_ran(begin):
+    turn = begin()
+    other = recovered(turn)
+    assert other.find() == {turn.pid} and other.is_codex_there()
+    with waited_for(turn):
+        assert other.stop() == []
+    assert turn.child.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("lie", [
+    lambda saved: {"started": saved["codex"]["started"] - 1}, lambda saved: {"started": None},
+    lambda saved: {"boot": saved["boot"][::-1]}, lambda saved: {"boot": ["a boot"]}],
+    ids=["another process", "no start", "another boot", "not a boot"])
+def test_a_process_that_merely_has_the_same_pid(begin, lie):
+    bystander = begin()
+    other = recovered(bystander, **lie(bystander.saved()))
+    other.mark = "a mark of nobody"
+    assert other.find() == set() and not other.is_codex_there()
+    assert other.stop() == []
+    assert bystander.child.poll() is None
+
+
+def test_a_pid_that_nobody_has(begin):
+    turn = begin()
+    other = recovered(turn)
+    turn.stop()
+    assert replicas_engine.process(turn.pid) is None
+    assert not other.is_codex_there() and other.stop() == []
+
+
+@pytest.mark.parametrize("saved", [
+    {}, {"mark": MARK}, {"mark": None, "codex": {}}, {"mark": "", "codex": {}},
+    {"mark": 7, "codex": {}}, {"mark": [MARK], "codex": {}}, {"mark": MARK, "codex": [1, 2]},
+    {"mark": MARK, "codex": {"pid": "1"}}, {"mark": MARK, "codex": {"pid": True}},
+    {"mark": MARK, "codex": {"pid": -1}}, {"mark": MARK, "codex": {"pid": 0}},
+    {"mark": MARK, "codex": {"pid": 1e9}}, {"mark": MARK, "codex": {"pid": 1 << 70}},
+    {"mark": MARK, "codex": {"pid": 1, "started": "1"}}, {"mark": MARK, "codex": {"started": {}}}])
+def test_what_no_engine_wrote(saved):
+    with pytest.raises(ValueError):
+        replicas_engine.TurnProcesses.from_saved(saved)
+
+
+@pytest.mark.parametrize("codex", [{}, {"pid": None}, {"pid": 1, "started": 1},
+                                   {"pid": 1 << 40, "started": 1}])
+def test_what_tells_nobody(codex):
+    """Logs of 0.2.0 don't tell the boot: there only the mark counts."""
+    turn = replicas_engine.TurnProcesses.from_saved({"mark": "a mark of nobody", "codex": codex})
+    assert turn.stop() == []
+
+
+def test_a_log_that_names_the_engine_as_its_turns_process(begin):
+    """Or the process that started it."""
+    turn = begin()
+    for pid in (os.getpid(), os.getppid()):
+        other = recovered(turn, pid=pid, started=replicas_engine.process(pid).started_ticks)
+        with pytest.raises(ValueError):
+            other.stop()
+
+
+def test_a_mark_is_one_turns_alone(begin):
+    turn, longer, none = begin(), begin(mark=MARK + "e"), begin(mark="")
+    assert recovered(turn).find() == {turn.pid}
+    assert replicas_engine.marks_of(none.pid) == {""}
+    with waited_for(turn):
+        assert recovered(turn).stop() == []
+    assert longer.child.poll() is None and none.child.poll() is None
+
+
+def test_starting_reads_no_process_table(begin, monkeypatch):
+    def refuse():
+        raise AssertionError("the process table was read")
+
+    monkeypatch.setattr(replicas_engine, "processes", refuse)
+    assert begin().saved()["codex"]["started"] > 0
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM])
+@pytest.mark.parametrize("before", ["", "trap '' INT TERM; "], ids=["polite", "deaf"])
+def test_a_look_that_fails_is_no_answer(begin, monkeypatch, number, before):
+    """Codex is stopped all the same, for it is our child."""
+    def fail(path):
+        raise OSError(number, os.strerror(number), path)
+
+    turn = begin(before + "exec sleep 300")
+    monkeypatch.setattr(replicas_engine, "TERMINATE_PATIENCE", 0.1)
+    monkeypatch.setattr(replicas_engine, "KILL_PATIENCE", 0.5)
+    monkeypatch.setattr(replicas_engine, "INTERRUPT_PATIENCE", 0.5)
+    monkeypatch.setattr(replicas_engine, "_read", fail)
+    with pytest.raises(OSError) as error:
+        turn.stop()
+    assert error.value.errno == number
+    assert not turn.is_codex_there()
+    with pytest.raises(OSError):
+        recovered_without_a_look(turn).stop()
+    monkeypatch.undo()
+    assert turn.stop() == []
+
+
+def recovered_without_a_look(turn):
+    return replicas_engine.TurnProcesses(turn.mark, turn.pid, turn.started_ticks)
+
+
+def test_a_process_table_that_is_not_there(begin, monkeypatch):
+    """An empty /proc shows nobody, and that is no answer either."""
+    turn = begin()
+    monkeypatch.setattr(replicas_engine, "_in_proc", lambda call, path: None)
+    monkeypatch.setattr(replicas_engine, "TERMINATE_PATIENCE", 0.1)
+    monkeypatch.setattr(replicas_engine, "KILL_PATIENCE", 0.1)
+    with pytest.raises(OSError):
+        turn.stop()
+    assert not turn.is_codex_there()
+
+
+def test_no_descriptor_is_left(begin):
+    """One is kept for the looks."""
+    turn = begin("setsid sleep 300 & wait")
+    wait_for(lambda: len(turn.find()) == 2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
     try:
-        started = replicas_engine.process(child.pid).started
-        before = replicas_engine.TurnProcesses("a mark of nobody", child.pid, started - 1)
-        assert before.find() == {}
-        before.stop()
-        assert child.poll() is None
-        stop_and_reap(replicas_engine.TurnProcesses("a mark of nobody", child.pid, started), child)
-        assert child.returncode == -signal.SIGINT
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        with pytest.raises(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert turn.stop() == []
     finally:
-        reaped(child)
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert turn.find() == set()
 
 
-def test_a_pid_that_nobody_has():
-    child = spawn()
-    started = replicas_engine.process(child.pid).started
-    reaped(child)
-    assert replicas_engine.process(child.pid) == (None, None, None, None)
-    replicas_engine.TurnProcesses("a mark of nobody", child.pid, started).stop()
+SOMEBODY_ELSES = """\
+import os, subprocess, sys, time
+sys.path.insert(0, %r)
+import replicas_engine
+replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 1)
+for patience in ("INTERRUPT_PATIENCE", "TERMINATE_PATIENCE", "KILL_PATIENCE"):
+    setattr(replicas_engine, patience, 0.2)
+turn = replicas_engine.TurnProcesses.create("a mark")
+replicas_engine.start_process(["setpriv", "--reuid=65534", "sleep", %r], turn,
+                              stdout=subprocess.DEVNULL)
+while not (replicas_engine.command_of(turn.pid) or "").startswith("sleep"):
+    time.sleep(0.01)
+print(turn.stop(), turn.pid, turn.is_codex_there())
+"""
 
 
-def test_a_mark_is_one_turns_alone():
-    mine, other = spawn("1234abcd"), spawn("1234abcde")
+def test_what_cannot_be_stopped_is_said():
+    """Another user's process, and an engine that may not kill it."""
+    program = ["setpriv", "--bounding-set=-kill", "--inh-caps=-kill"]
+    if os.geteuid() != 0 or not works(program + ["true"]):
+        conftest.unavailable("takes root and setpriv")
+    number = unique()
     try:
-        processes = replicas_engine.TurnProcesses("1234abcd", mine.pid)
-        assert set(processes.find()) == {mine.pid}
-        stop_and_reap(processes, mine)
-        assert other.poll() is None
+        code = SOMEBODY_ELSES % (harness.ROOT, number)
+        said = subprocess.run(program + [sys.executable, "-c", code], stdout=subprocess.PIPE,
+                              universal_newlines=True, check=True).stdout
+        pid, = sleepers(number)
+        assert said == "%s %d True\n" % ([{"pid": pid, "command": "sleep " + number}], pid)
     finally:
-        reaped(mine)
-        reaped(other)
+        for pid in running(number):
+            os.kill(pid, signal.SIGKILL)
 
 
-def test_marks():
-    child = spawn("1234abcd")
-    try:
-        assert replicas_engine.mark_of(child.pid) == "1234abcd"
-        assert replicas_engine.mark_of(os.getpid()) is None
-    finally:
-        reaped(child)
-    assert replicas_engine.mark_of(child.pid) is None
+def test_orphans_behind_a_child_that_is_not_waited_for(begin):
+    """The dead of others are never in the way for long."""
+    replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 1)
+    turn = begin("for i in 1 2 3; do sleep 0.1 & done")
+    wait_for(lambda: not is_alive(turn.pid))
+    before = replicas_engine.reap_orphans()
+    turn.child.wait()
+    wait_for(lambda: replicas_engine.reap_orphans() >= before and not zombies_of(os.getpid()))
+
+
+def test_marks(begin):
+    turn = begin()
+    assert replicas_engine.marks_of(turn.pid) == {MARK}
+    turn.stop()
+    assert replicas_engine.marks_of(turn.pid) == set()
 
 
 def test_a_name_with_anything_in_it(tmp_path):
@@ -369,6 +717,8 @@ def test_a_name_with_anything_in_it(tmp_path):
     try:
         wait_for(lambda: command_of(child.pid)[1:2] == [b"300"])
         entry = replicas_engine.process(child.pid)
-        assert entry.parent == os.getpid() and entry.state in (b"S", b"R") and entry.started > 0
+        assert entry.parent == os.getpid() and entry.state in (b"S", b"R")
+        assert entry.session == os.getsid(0) and entry.started_ticks > 0
     finally:
-        reaped(child)
+        child.kill()
+        child.wait()
