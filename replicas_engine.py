@@ -1537,7 +1537,7 @@ class TurnProcesses:
             if number is not None and not (type(number) is int and 0 < number < 1 << 62):
                 raise ValueError("it doesn't tell which process was Codex")
         # Pids are given again, after a boot at the same ticks, too.
-        known = pid is not None and saved.get("boot") is not None and saved["boot"] == boot_id()
+        known = pid is not None and saved.get("boot") == (boot_id() or "unknown")
         return cls(mark, pid, started_ticks) if known else cls(mark)
 
     # Looking

@@ -502,10 +502,11 @@ def begin():
         child.wait()
 
 
-def recovered(turn, **codex):
+def recovered(turn, boot=None, **codex):
     """What another engine makes of what this one saved, but for what is told here."""
     saved = turn.saved()
     saved["codex"].update(codex)
+    saved["boot"] = boot or saved["boot"]
     return replicas_engine.TurnProcesses.from_saved(json.loads(json.dumps(saved)))
 
 
@@ -536,13 +537,12 @@ def test_stopping_what_another_engine_ran(begin):
 
 
 @pytest.mark.parametrize("lie", [
-    lambda saved: {"started": saved["started"] - 1}, lambda saved: {"started": None},
-    lambda saved: {"boot": None}, lambda saved: {"boot": saved["boot"][::-1]}],
-    ids=["another process", "no start", "no boot", "another boot"])
+    lambda saved: {"started": saved["codex"]["started"] - 1}, lambda saved: {"started": None},
+    lambda saved: {"boot": saved["boot"][::-1]}, lambda saved: {"boot": ["a boot"]}],
+    ids=["another process", "no start", "another boot", "not a boot"])
 def test_a_process_that_merely_has_the_same_pid(begin, lie):
     bystander = begin()
-    saved = bystander.saved()["codex"]
-    other = recovered(bystander, **lie(saved))
+    other = recovered(bystander, **lie(bystander.saved()))
     other.mark = "a mark of nobody"
     assert other.find() == set() and not other.is_codex_there()
     assert other.stop() == []
@@ -570,8 +570,7 @@ def test_what_no_engine_wrote(saved):
 
 
 @pytest.mark.parametrize("codex", [{}, {"pid": None}, {"pid": 1, "started": 1},
-                                   {"pid": 1 << 40, "started": 1, "boot": "a boot"},
-                                   {"pid": 1, "started": 1, "boot": ["a boot"]}])
+                                   {"pid": 1 << 40, "started": 1}])
 def test_what_tells_nobody(codex):
     """Logs of 0.2.0 don't tell the boot: there only the mark counts."""
     turn = replicas_engine.TurnProcesses.from_saved({"mark": "a mark of nobody", "codex": codex})
