@@ -4875,18 +4875,18 @@ def systemd_address():
     return match and (match.group(1), int(match.group(2)))
 
 
-def place(address):
+def address_text(address):
     """In words where a socket with the address listens."""
     if not isinstance(address, tuple):
         return "unix:%s" % os.fsdecode(address)
-    return "port %d of %s" % (address[1], {"::": "every interface", "0.0.0.0": "every IPv4 interface"
-                                           }.get(address[0], address[0]))
+    words = {"::": "every interface", "0.0.0.0": "every IPv4 interface"}
+    return "port %d of %s" % (address[1], words.get(address[0], address[0]))
 
 
 def is_as_set(settings, address):
     """Whether a socket's address is what HOST and PORT say."""
     if not isinstance(address, tuple):
-        return place(address) == settings.host
+        return address_text(address) == settings.host
     try:
         hosts = [info[4][0] for info in socket.getaddrinfo(settings.host or "::", None)]
     except OSError:
@@ -4898,7 +4898,7 @@ def socket_problems(settings, address):
     """The problem of systemd's socket, if its address isn't what HOST and PORT say."""
     return [] if is_as_set(settings, address) else [problem(
         "HOST=%s and PORT=%d are passed over: systemd's socket is %s"
-        % (settings.host or "", settings.port, place(address)), "sudo replicas-engine-setup")]
+        % (settings.host or "", settings.port, address_text(address)), "sudo replicas-engine-setup")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4909,7 +4909,7 @@ def check_port(settings):
     """What there is where the engine listens, and the problems of that."""
     address = systemd_address() if settings.is_service else None
     if address:
-        return "systemd's socket is %s" % place(address), socket_problems(settings, address)
+        return "systemd's socket is %s" % address_text(address), socket_problems(settings, address)
     try:
         for listener in listen(settings.host, settings.port):
             listener.close()
@@ -5094,7 +5094,7 @@ def serve(settings):
                         admits=app.admits)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     logger.info("replicas-engine %s is listening on %s, pid %d", __version__,
-                " and ".join(place(listener.getsockname()) for listener in listeners), os.getpid())
+                " and ".join(address_text(listener.getsockname()) for listener in listeners), os.getpid())
     if inherited:
         settings.problems += socket_problems(settings, inherited.getsockname())
     threading.Thread(target=warn_of_problems, args=(app.problems,), name="problems",
