@@ -193,7 +193,7 @@ def open_regular(path, buffering=-1):
 
 
 def flock_owner(file):
-    """The pid of the process that has locked an open file with flock(2), or None (proc(5), locks)."""
+    """The pid of who has locked an open file with flock(2), or None (proc(5), locks)."""
     status = os.fstat(file.fileno())
     name = "%02x:%02x:%d" % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
     with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
@@ -3636,7 +3636,7 @@ class Problems:
     def _look_at_secret(self):
         length = self.settings.secret_length
         if not length:
-            return "", [problem("REPLICAS_ENGINE_SECRET is not set: nothing but /health is answered",
+            return "", [problem("REPLICAS_ENGINE_SECRET is not set: only /health is answered",
                                 self.settings.remedy("set REPLICAS_ENGINE_SECRET"))]
         if length < MIN_SECRET:
             return "", [problem("REPLICAS_ENGINE_SECRET can be guessed: it has %d characters"
@@ -3654,7 +3654,7 @@ class Problems:
             if not is_folder:
                 found = ("this is not a directory", "set %s to one" % name)
             elif is_written and not os.access(path, os.W_OK | os.X_OK):
-                found = ("it can't be written", "let the engine's user write there, or set %s" % name)
+                found = ("it can't be written", "let the engine's user write, or set %s" % name)
             elif is_written and is_full(path):
                 found = ("the disk is full", "make room")
             elif name != "WORKSPACE_HOME" and is_below(path, temporary):
@@ -4898,7 +4898,8 @@ def socket_problems(settings, address):
     """The problem of systemd's socket, if its address isn't what HOST and PORT say."""
     return [] if is_as_set(settings, address) else [problem(
         "HOST=%s and PORT=%d are passed over: systemd's socket is %s"
-        % (settings.host or "", settings.port, address_text(address)), "sudo replicas-engine-setup")]
+        % (settings.host or "", settings.port, address_text(address)),
+        "sudo replicas-engine-setup")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5094,7 +5095,8 @@ def serve(settings):
                         admits=app.admits)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     logger.info("replicas-engine %s is listening on %s, pid %d", __version__,
-                " and ".join(address_text(listener.getsockname()) for listener in listeners), os.getpid())
+                " and ".join(address_text(listener.getsockname()) for listener in listeners),
+                os.getpid())
     if inherited:
         settings.problems += socket_problems(settings, inherited.getsockname())
     threading.Thread(target=warn_of_problems, args=(app.problems,), name="problems",
