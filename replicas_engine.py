@@ -1494,6 +1494,13 @@ def start_process(argv, processes=None, **options):
     return child
 
 
+def kill_children():
+    """Kill what is left of the processes that we started."""
+    for pid in list(_own_children):
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
+
+
 Process = collections.namedtuple("Process", "parent group session state started_ticks")
 
 
@@ -5062,6 +5069,30 @@ def warn_of_problems(problems):
         logger.warning("%s: %s", found["problem"], found["details"])
 
 
+def end_warner(thread):
+    """End what `warn_of_problems` still tries out in its thread."""
+    while thread.is_alive():
+        kill_children()
+        thread.join(0.1)
+
+
+def stop_when_told(stop, inbox, *closers):
+    """Wait for the Event `stop`, call each of the closers, and say so to the main thread."""
+    stop.wait()
+    for close in closers:
+        try:
+            close()
+        except Exception:
+            logger.exception("the end is not in order")
+    inbox.put(Inbox.STOPPED)
+
+
+def start_thread(name, target, *args):
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 def open_application(app):
     """None, or the exit status when the state directory can't be taken."""
     try:
@@ -5093,28 +5124,18 @@ def serve(settings):
         return 1 if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else 2
     server = WSGIServer(listeners, app, settings.max_connections, always=("/health",),
                         admits=app.admits)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    start_thread("accept", server.serve_forever)
     logger.info("replicas-engine %s is listening on %s, pid %d", __version__,
                 " and ".join(address_text(listener.getsockname()) for listener in listeners),
                 os.getpid())
     if inherited:
         settings.problems += socket_problems(settings, inherited.getsockname())
-    threading.Thread(target=warn_of_problems, args=(app.problems,), name="problems",
-                     daemon=True).start()
+    warner = start_thread("problems", warn_of_problems, app.problems)
     stop = threading.Event()
-
-    def stop_when_told():
-        stop.wait()
-        for close in (app.runner.close, functools.partial(server.shut_down, CLOSE_TIMEOUT,
-                                                          keep_queue=inherited is not None)):
-            try:
-                close()
-            except Exception:
-                logger.exception("the end is not in order")
-        inbox.put(Inbox.STOPPED)
-
     # It is there from the start: later the machine may have no thread left to give.
-    threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
+    start_thread("stop", stop_when_told, stop, inbox, app.runner.close, functools.partial(
+        server.shut_down, CLOSE_TIMEOUT, keep_queue=inherited is not None),
+        functools.partial(end_warner, warner))
     app.runner.on_change = lambda: inbox.put(Inbox.TURN_CHANGED)
     notify("READY=1\nSTATUS=" + status_line(app))
     watch(inbox, server, app, stop)
