@@ -552,7 +552,7 @@ def test_check_is_content_with_an_engine_that_runs(ready):
 def test_check_says_everything_that_is_missing_at_once(ready, tmp_path):
     ready.env = {"PATH": "/nowhere", "HOME": str(tmp_path / "nobody"), "PORT": "0",
                  "HOST": "127.0.0.1", "CODEX_PATH": "/nowhere/codex",
-                 "REPLICAS_ENGINE_SANDBOX": "danger-full-access", "TMPDIR": "/var/tmp",
+                 "REPLICAS_ENGINE_SANDBOX": "danger-full-access", "TMPDIR": str(tmp_path / "tmp"),
                  "WORKSPACE_HOME": str(tmp_path / "gone"),
                  "REPLICAS_ENGINE_STATE": ready.state}
     result = check(ready)
