@@ -568,7 +568,8 @@ def parse_dotenv(text, skipped=None):
         else:
             first = DOTENV_FIRST.match(text, position)
             position = first.end()
-            if text[first.start(1):first.start(1) + 1] not in ("", "#") and len(skipped) < MAX_SKIPPED:
+            begin = first.start(1)
+            if text[begin:begin + 1] not in ("", "#") and len(skipped) < MAX_SKIPPED:
                 skipped.append(text.count("\n", 0, position) + 1)
         position = (text.find("\n", position) + 1) or len(text)
     return env
