@@ -192,6 +192,17 @@ def open_regular(path, buffering=-1):
     raise ValueError("%s is not a regular file" % path)
 
 
+def flock_owner(file):
+    """The pid of who has locked an open file with flock(2), or None (proc(5), locks)."""
+    status = os.fstat(file.fileno())
+    name = "%02x:%02x:%d" % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+    with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
+        for fields in map(str.split, locks):
+            if fields[1] == "FLOCK" and fields[5] == name:
+                return int(fields[4])
+    return None
+
+
 def sync_directory(path):
     """Have the disk hold which files are in a directory.  Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -470,6 +481,13 @@ def log_request(level, text):
 SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
 
 
+ENGINE_SETTINGS = tuple("REPLICAS_ENGINE_" + name for name in (
+    "SECRET", "SANDBOX", "MODEL", "IDLE_TIMEOUT", "TURN_TIMEOUT", "STATE", "MAX_BODY",
+    "MAX_CONNECTIONS", "MAX_HISTORY"))
+SECRET_LENGTH = "REPLICAS_ENGINE_SECRET_LENGTH"     # for --check, which shall not have the secret
+SETUP = "/usr/sbin/replicas-engine-setup"           # is there if the engine was installed
+
+
 class SettingsError(ValueError):
     """A setting that can't be used; the message names it and says why."""
 
@@ -503,6 +521,7 @@ DOTENV_NAME = re.compile(r"[{0}]*(?:export[{0}]+)?([\w.-]+)(?:[{0}]*=|:[{0}])".f
 DOTENV_FIRST = re.compile(r"[%s]*(['\"`]?)" % DOTENV_SPACE)
 DOTENV_REST = re.compile(r"[%s]*(?:[#\n]|\Z)" % DOTENV_SPACE[:-1])
 DOTENV_BARE = re.compile(r"[^#\n]*")
+MAX_SKIPPED = 5                            # lines of it that the log names
 
 
 def _quoted_end(text, begin):
@@ -532,22 +551,69 @@ def _dotenv_value(text, begin):
     return value, end
 
 
-def parse_dotenv(text):
+def parse_dotenv(text, skipped=None):
     """The variables of a `.env` file, read as 0.1.0's library reads it (dotenv 17.2.3, `LINE` in
     lib/main.js), but in linear time, and U+2028 and U+2029 are not line ends.
 
     A name may be followed by `=` or `: `.  A value may have one of three kinds of quotation marks
     around it, and line ends within; in double ones `\\n` and `\\r` count, and no other escape.
+    To a list `skipped` go the numbers of lines that set nothing and are no comments: the first few.
     """
     text, env, position = re.sub("\r\n?", "\n", text), {}, 0
+    skipped = [] if skipped is None else skipped
     while position < len(text):
         name = DOTENV_NAME.match(text, position)
         if name:
             env[name.group(1)], position = _dotenv_value(text, name.end())
         else:
-            position = DOTENV_FIRST.match(text, position).end()
+            first = DOTENV_FIRST.match(text, position)
+            position = first.end()
+            begin = first.start(1)
+            if text[begin:begin + 1] not in ("", "#") and len(skipped) < MAX_SKIPPED:
+                skipped.append(text.count("\n", 0, position) + 1)
         position = (text.find("\n", position) + 1) or len(text)
     return env
+
+
+def problem(what, remedy):
+    """One of the things that `Problems` finds, as GET /codex/status shows it."""
+    return {"problem": what, "details": remedy}
+
+
+def unknown_names(env):
+    """A problem for each variable that only looks like a setting."""
+    import difflib                          # rarely needed, and not cheap
+    found = []
+    for name in sorted(env):
+        if name.startswith("REPLICAS_ENGINE_") and name not in ENGINE_SETTINGS + (SECRET_LENGTH,):
+            near = difflib.get_close_matches(name, ENGINE_SETTINGS, 1)
+            found.append(problem("%s is not a setting" % _shown(name),
+                                 "set %s instead" % near[0] if near else "README lists them"))
+    return found
+
+
+def read_dotenv():
+    """The variables of the file .env in the working directory, and its problems."""
+    try:
+        with open_regular(".env") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            text = file.read().decode("utf-8-sig", "surrogateescape")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, []
+    except (OSError, ValueError) as error:
+        return {}, [problem("the file .env can't be read: %s" % (
+            getattr(error, "strerror", None) or error), "mend or remove it")]
+    skipped, problems = [], []
+    env = parse_dotenv(text, skipped)
+    if skipped:
+        problems.append(problem("lines of the file .env set nothing: %s" % str(skipped)[1:-1],
+                                "write NAME=value, or # in front of it"))
+    if mode & 0o044:
+        problems.append(problem("other users can read the file .env", "chmod 600 .env"))
+    if env.get("REPLICAS_ENGINE_SECRET") and "REPLICAS_ENGINE_SECRET" not in os.environ:
+        problems.append(problem("the agent can read REPLICAS_ENGINE_SECRET in the file .env",
+                                "set it in the engine's environment"))
+    return env, problems
 
 
 class Settings:
@@ -556,7 +622,10 @@ class Settings:
     A variable that is set to nothing counts as not set.  Raises SettingsError.
     """
 
-    def __init__(self, env):
+    def __init__(self, env, problems=()):
+        # What can be used, but hardly as it is meant; Problems knows more that does not depend on
+        # the settings alone.
+        self.problems = [*problems, *unknown_names(env)]
         self.inherited = dict(env)          # for Codex, to which an empty variable may mean a lot
         self.env = {name: value for name, value in env.items() if value}
         get = self.env.get
@@ -564,7 +633,9 @@ class Settings:
             if "\0" in name + value:
                 raise SettingsError("%s has a NUL character in it" % _shown(name))
         self.home = get("HOME") or _home_of_user()
+        self.is_service = "STATE_DIRECTORY" in self.env and os.path.exists(SETUP)
         self.secret = self._secret()
+        self.secret_length = len(self.secret or "") or self._number(SECRET_LENGTH, 0)
         self.host = get("HOST")
         self.port = self._number("PORT", 3737, most=65535)
         self.development = get("NODE_ENV") == "development"
@@ -583,15 +654,13 @@ class Settings:
     @classmethod
     def from_process(cls):
         """The settings of this process: `.env` in the working directory, then its environment."""
-        env = {}
-        try:
-            with open(".env", encoding="utf-8-sig", errors="surrogateescape") as file:
-                env = parse_dotenv(file.read())
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-                logger.warning("the file .env can't be read and is passed over: %s", error)
+        env, problems = read_dotenv()
         env.update(os.environ)
-        return cls(env)
+        return cls(env, problems)
+
+    def remedy(self, by_hand, options=""):
+        """What to do: in words, or with the options of the installed service's setup."""
+        return "sudo replicas-engine-setup" + options if self.is_service else by_hand
 
     def _secret(self):
         secret = os.fsencode(self.env.get("REPLICAS_ENGINE_SECRET", "")).strip()
@@ -1424,6 +1493,13 @@ def start_process(argv, processes=None, **options):
                 child.kill()
             raise
     return child
+
+
+def kill_children():
+    """Kill what is left of the processes that we started."""
+    for pid in list(_own_children):
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 Process = collections.namedtuple("Process", "parent group session state started_ticks")
@@ -3023,9 +3099,10 @@ class StateDirectory:
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            owner = flock_owner(self._lock_file)
             self.close()
-            raise StateInUse("another engine is running with the state directory %s"
-                             % self.path) from None
+            raise StateInUse("another engine is running with the state directory %s%s" % (
+                self.path, owner and ", pid %d" % owner or "")) from None
         for name in list_folder(self.turns):
             if name.endswith(".files"):
                 shutil.rmtree(os.path.join(self.turns, name), ignore_errors=True)
@@ -3464,6 +3541,161 @@ class CodexRunner:
 
 
 # ---------------------------------------------------------------------------------------------
+# Problems
+# ---------------------------------------------------------------------------------------------
+
+SETTINGS_FILE = "/etc/replicas-engine/settings.env"
+MIN_SECRET = 16                            # bytes
+MIN_ROOM = 1024 * 1024                     # bytes that a disk has when it isn't full
+SANDBOX_TRIAL = "unshare --user --net --map-root-user true".split()
+BWRAP_TRIAL = "bwrap --unshare-user --unshare-net --ro-bind / / --dev /dev true".split()
+TRIAL_PATIENCE = 5.0                       # seconds
+
+
+def try_sandbox():
+    """Why what Codex's sandbox is made of can't be had here, or None."""
+    try:
+        child = start_process(BWRAP_TRIAL if shutil.which("bwrap") else SANDBOX_TRIAL,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE)
+    except OSError:
+        return None                         # there is no such program: who knows
+    with child:
+        try:
+            said = child.communicate(timeout=TRIAL_PATIENCE)[1].decode("utf-8", "replace").strip()
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return None
+    return (said or "status %d" % child.returncode) if child.returncode else None
+
+
+def is_below(path, folder):
+    return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
+
+
+def is_full(folder):
+    """Whether the disk under a folder is; False if that can't be said."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < MIN_ROOM or disk.f_files > 0 == disk.f_favail
+
+
+class Problems:
+    """What keeps turns from starting or ending well: for --check, for the warnings at the start
+    and for GET /codex/status.
+
+    Each `_look_at_...` returns what there is, for who wants to know, and a list of problems.
+    """
+
+    def __init__(self, settings, finder):
+        self.settings = settings
+        self.finder = finder
+        self.sandbox_error = None           # what `try_out` found
+
+    def try_out(self):
+        """Make the directories that are missing, and start what has to be started to know more."""
+        for folder in (self.settings.codex_home, self.settings.state):
+            with contextlib.suppress(OSError):
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+        if self.settings.sandbox != "danger-full-access":
+            self.sandbox_error = try_sandbox()
+
+    def find(self):
+        """The problems that there are: [{"problem": what, "details": what to do}].
+
+        It starts no process, but for a `codex --version` if nobody has asked that Codex yet.
+        """
+        return [found for _, _, problems in self.look() for found in problems]
+
+    def look(self):
+        """(subject, what there is, its problems) of everything that a turn needs."""
+        settings = self.settings
+        return [("codex", *self._look_at_codex()), ("key", *self._look_at_key()),
+                ("secret", *self._look_at_secret()),
+                ("workspace", *self._look_at_folder(
+                    settings.workspace, "WORKSPACE_HOME", settings.sandbox != "read-only")),
+                ("codex home", *self._look_at_folder(settings.codex_home, "CODEX_HOME")),
+                ("state", *self._look_at_folder(settings.state, "REPLICAS_ENGINE_STATE")),
+                ("settings", *self._look_at_settings()), ("sandbox", *self._look_at_sandbox())]
+
+    def _look_at_codex(self):
+        try:
+            codex = self.finder.find()
+        except HTTPError as error:
+            return "", [problem(error.body["error"], error.body["details"])]
+        version = self.finder.version(codex)
+        if version is None:
+            return "", [problem("%s does not say its version" % codex.program,
+                                "set CODEX_PATH to Codex, or install it anew")]
+        return "%s, version %s" % (codex.program, version), []
+
+    def _look_at_key(self):
+        for name in ("CODEX_API_KEY", "OPENAI_API_KEY"):
+            if self.settings.env.get(name):
+                return name, []
+        login = os.path.join(self.settings.codex_home, "auth.json")
+        if os.access(login, os.R_OK):
+            return "the login in %s" % login, []
+        return "", [problem("Codex has no key and no login", "set OPENAI_API_KEY or CODEX_API_KEY, "
+                            "or log in with `codex login` (there is no %s)" % login)]
+
+    def _look_at_secret(self):
+        length = self.settings.secret_length
+        if not length:
+            return "", [problem("REPLICAS_ENGINE_SECRET is not set: only /health is answered",
+                                self.settings.remedy("set REPLICAS_ENGINE_SECRET"))]
+        if length < MIN_SECRET:
+            return "", [problem("REPLICAS_ENGINE_SECRET can be guessed: it has %d characters"
+                                % length, self.settings.remedy("choose one of %d or more"
+                                                               % MIN_SECRET, " --secret -"))]
+        return "REPLICAS_ENGINE_SECRET is set", []
+
+    def _look_at_folder(self, path, name, is_written=True):
+        temporary = self.settings.inherited.get("TMPDIR") or "/tmp"
+        try:
+            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        except OSError as error:
+            found = (error.strerror, "make it, or set %s" % name)
+        else:
+            if not is_folder:
+                found = ("this is not a directory", "set %s to one" % name)
+            elif is_written and not os.access(path, os.W_OK | os.X_OK):
+                found = ("it can't be written", "let the engine's user write, or set %s" % name)
+            elif is_written and is_full(path):
+                found = ("the disk is full", "make room")
+            elif name != "WORKSPACE_HOME" and is_below(path, temporary):
+                # The agent may write there, and Codex can't make its sandbox from there.
+                found = ("it lies below %s" % temporary, "set %s to a place elsewhere" % name)
+            else:
+                return path, []
+        what, by_hand = found
+        remedy = by_hand if what == "the disk is full" else self.settings.remedy(by_hand)
+        return path, [problem("%s=%s: %s" % (name, path, what), remedy)]
+
+    def _look_at_settings(self):
+        problems = list(self.settings.problems)
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            problems.append(problem("the engine's user, with the id %d, was deleted" % os.getuid(),
+                                    self.settings.remedy("make it again", " --user NAME")))
+        with contextlib.suppress(OSError):
+            if self.settings.is_service and os.stat(SETTINGS_FILE).st_mode & 0o044:
+                problems.append(problem("others than root can read %s" % SETTINGS_FILE,
+                                        "sudo chmod 600 %s" % SETTINGS_FILE))
+        return "they can be used", problems
+
+    def _look_at_sandbox(self):
+        if self.sandbox_error:
+            return "", [problem("Codex's sandbox can't be made here: %s" % self.sandbox_error,
+                                self.settings.remedy("see README, or set REPLICAS_ENGINE_SANDBOX="
+                                                     "danger-full-access", " --allow-sandbox"))]
+        return self.settings.sandbox or "as Codex's own configuration says", []
+
+
+# ---------------------------------------------------------------------------------------------
 # Application
 # ---------------------------------------------------------------------------------------------
 
@@ -3480,6 +3712,7 @@ class Application:
     def __init__(self, settings=None):
         self.settings = settings
         self.runner = None
+        self.problems = None                # see Problems
         self._opening = threading.Lock()    # one thread takes the state directory
         self._next_warning = 0.0            # of a refused secret, by time.monotonic
         self.router = Router(
@@ -3510,6 +3743,7 @@ class Application:
                     logger.setLevel(logging.DEBUG)
                 runner = CodexRunner(self.settings)
                 runner.open()
+                self.problems = Problems(self.settings, runner.finder)
                 self.runner = runner
 
     def admits(self, environ):
@@ -4638,78 +4872,78 @@ def systemd_listener():
     return listener
 
 
+def systemd_address():
+    """(host, port) of the installed service's socket as systemd says it, or None."""
+    try:
+        said = subprocess.run(["systemctl", "show", "--property=Listen", "replicas-engine.socket"],
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r"Listen=\[?([^ ]*?)\]?:([0-9]+) \(Stream\)", said.decode())
+    return match and (match.group(1), int(match.group(2)))
+
+
+def address_text(address):
+    """In words where a socket with the address listens."""
+    if not isinstance(address, tuple):
+        return "unix:%s" % os.fsdecode(address)
+    words = {"::": "every interface", "0.0.0.0": "every IPv4 interface"}
+    return "port %d of %s" % (address[1], words.get(address[0], address[0]))
+
+
+def is_as_set(settings, address):
+    """Whether a socket's address is what HOST and PORT say."""
+    if not isinstance(address, tuple):
+        return address_text(address) == settings.host
+    try:
+        hosts = [info[4][0] for info in socket.getaddrinfo(settings.host or "::", None)]
+    except OSError:
+        hosts = []
+    return address[0] in hosts and address[1] == settings.port
+
+
+def socket_problems(settings, address):
+    """The problem of systemd's socket, if its address isn't what HOST and PORT say."""
+    return [] if is_as_set(settings, address) else [problem(
+        "HOST=%s and PORT=%d are passed over: systemd's socket is %s"
+        % (settings.host or "", settings.port, address_text(address)),
+        "sudo replicas-engine-setup")]
+
+
 # ---------------------------------------------------------------------------------------------
 # Check
 # ---------------------------------------------------------------------------------------------
 
-def _check_codex(settings):
-    finder = CodexFinder(settings)
-    try:
-        codex = finder.find()
-    except HTTPError as error:
-        return False, "codex: %s: %s" % (error.body["error"], error.body["details"])
-    version = finder.version(codex)
-    if version is None:
-        return False, "codex: %s does not say its version" % codex.program
-    return True, "codex: %s, version %s" % (codex.program, version)
-
-
-def _check_key(settings):
-    for name in ("CODEX_API_KEY", "OPENAI_API_KEY"):
-        if settings.env.get(name):
-            return True, "key: %s" % name
-    login = os.path.join(settings.codex_home, "auth.json")
-    if os.access(login, os.R_OK):
-        return True, "key: the login in %s" % login
-    return False, ("key: set OPENAI_API_KEY or CODEX_API_KEY, or log in with `codex login` "
-                   "(there is no %s)" % login)
-
-
-def _check_secret_set(settings):
-    if settings.secret:
-        return True, "secret: REPLICAS_ENGINE_SECRET is set"
-    return False, "secret: set REPLICAS_ENGINE_SECRET, or nothing but /health will be answered"
-
-
-def _check_folder(name, path, variable, make=False):
-    try:
-        if make:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
-            return True, "%s: %s" % (name, path)
-        problem = "is no directory that can be written"
-    except OSError as error:
-        problem = error.strerror
-    return False, "%s: %s: %s; make it, or set %s" % (name, path, problem, variable)
-
-
-def _check_port(settings):
+def check_port(settings):
+    """What there is where the engine listens, and the problems of that."""
+    address = systemd_address() if settings.is_service else None
+    if address:
+        return "systemd's socket is %s" % address_text(address), socket_problems(settings, address)
     try:
         for listener in listen(settings.host, settings.port):
             listener.close()
-        return True, "port: %d is free" % settings.port
+        return "%d is free" % settings.port, []
     except OSError as error:
-        problem = error.strerror or str(error)
-    try:
-        with socket.create_connection((settings.host or "127.0.0.1", settings.port), 2) as sock:
-            sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-            if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
-                return True, "port: an engine answers on %d" % settings.port
-    except OSError:
-        pass
-    return False, "port: %d: %s; set PORT to another" % (settings.port, problem)
+        reason = error.strerror or str(error)
+    with contextlib.suppress(OSError), socket.create_connection(
+            (settings.host or "127.0.0.1", settings.port), 2) as sock:
+        sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
+            return "an engine answers on %d" % settings.port, []
+    return "", [problem("%d: %s" % (settings.port, reason), "set PORT to another")]
 
 
 def check(settings):
     """Say whether everything is there that a turn needs; the exit status, 0 or 1."""
-    results = [_check_codex(settings), _check_key(settings), _check_secret_set(settings),
-               _check_folder("workspace", settings.workspace, "WORKSPACE_HOME"),
-               _check_folder("codex home", settings.codex_home, "CODEX_HOME", make=True),
-               _check_folder("state", settings.state, "REPLICAS_ENGINE_STATE", make=True),
-               _check_port(settings)]
-    for good, what in results:
-        print("%-7s %s" % ("ok" if good else "MISSING", what))
-    return 0 if all(good for good, _ in results) else 1
+    problems, is_well = Problems(settings, CodexFinder(settings)), True
+    problems.try_out()
+    for subject, there_is, found in problems.look() + [("port", *check_port(settings))]:
+        if not found:
+            print("ok      %s: %s" % (subject, there_is))
+        for each in found:
+            print("MISSING %s: %s; %s" % (subject, each["problem"], each["details"]))
+            is_well = False
+    return 0 if is_well else 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4830,19 +5064,57 @@ def watch(inbox, server, app, stop):
             logger.exception("the main thread could not do all of its work")
 
 
-def serve(settings):
-    """Run the engine until SIGTERM, SIGINT or SIGHUP; the exit status."""
-    inbox = Inbox()
-    app = Application(settings)
-    inherited = systemd_listener()
+def warn_of_problems(problems):
+    problems.try_out()
+    for found in problems.find():
+        logger.warning("%s: %s", found["problem"], found["details"])
+
+
+def end_warner(thread):
+    """End what `warn_of_problems` still tries out in its thread."""
+    while thread.is_alive():
+        kill_children()
+        thread.join(0.1)
+
+
+def stop_when_told(stop, inbox, *closers):
+    """Wait for the Event `stop`, call each of the closers, and say so to the main thread."""
+    stop.wait()
+    for close in closers:
+        try:
+            close()
+        except Exception:
+            logger.exception("the end is not in order")
+    inbox.put(Inbox.STOPPED)
+
+
+def start_thread(name, target, *args):
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def open_application(app):
+    """None, or the exit status when the state directory can't be taken."""
     try:
         app.open()
     except StateInUse as error:
         logger.error("%s", error)
         return 1
     except OSError as error:
-        logger.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", settings.state, error)
+        logger.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", app.settings.state,
+                     error.strerror)
         return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
+
+
+def serve(settings):
+    """Run the engine until SIGTERM, SIGINT or SIGHUP; the exit status."""
+    inbox = Inbox()
+    app = Application(settings)
+    inherited = systemd_listener()
+    failed = open_application(app)
+    if failed:
+        return failed
     try:
         listeners = [inherited] if inherited else listen(settings.host, settings.port)
     except OSError as error:
@@ -4853,31 +5125,20 @@ def serve(settings):
         return 1 if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else 2
     server = WSGIServer(listeners, app, settings.max_connections, always=("/health",),
                         admits=app.admits)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    logger.info("replicas-engine %s is listening on port %d of %s, pid %d", __version__,
-                server.server_address[1], settings.host or "every interface", os.getpid())
-    line = status_line(app)
-    if line != IDLE:
-        logger.warning("%s", line)
-    if inherited and server.server_address[1] != settings.port:
-        logger.warning("PORT=%d is passed over: systemd's socket is on another port", settings.port)
-
+    start_thread("accept", server.serve_forever)
+    logger.info("replicas-engine %s is listening on %s, pid %d", __version__,
+                " and ".join(address_text(listener.getsockname()) for listener in listeners),
+                os.getpid())
+    if inherited:
+        settings.problems += socket_problems(settings, inherited.getsockname())
+    warner = start_thread("problems", warn_of_problems, app.problems)
     stop = threading.Event()
-
-    def stop_when_told():
-        stop.wait()
-        for close in (app.runner.close, functools.partial(server.shut_down, CLOSE_TIMEOUT,
-                                                          keep_queue=inherited is not None)):
-            try:
-                close()
-            except Exception:
-                logger.exception("the end is not in order")
-        inbox.put(Inbox.STOPPED)
-
     # It is there from the start: later the machine may have no thread left to give.
-    threading.Thread(target=stop_when_told, name="stop", daemon=True).start()
+    start_thread("stop", stop_when_told, stop, inbox, app.runner.close, functools.partial(
+        server.shut_down, CLOSE_TIMEOUT, keep_queue=inherited is not None),
+        functools.partial(end_warner, warner))
     app.runner.on_change = lambda: inbox.put(Inbox.TURN_CHANGED)
-    notify("READY=1\nSTATUS=" + line)
+    notify("READY=1\nSTATUS=" + status_line(app))
     watch(inbox, server, app, stop)
     logger.info("stopped")
     return 0

@@ -441,13 +441,14 @@ def check(engine, *arguments):
     return types.SimpleNamespace(status=outcome.returncode, lines=lines, err=outcome.stderr)
 
 
-WHAT = ["codex", "key", "secret", "workspace", "codex home", "state", "port"]
+WHAT = ["codex", "key", "secret", "workspace", "codex home", "state", "settings", "sandbox", "port"]
 
 
 @pytest.fixture
 def ready(make_engine):
     """An engine, not started, that has all it needs."""
-    return make_engine(start=False, CODEX_API_KEY="sk-1")
+    return make_engine(start=False, CODEX_API_KEY="sk-1",
+                       REPLICAS_ENGINE_SANDBOX="danger-full-access")
 
 
 def test_check_says_ok_for_everything_that_is_there(ready):
@@ -458,7 +459,8 @@ def test_check_says_ok_for_everything_that_is_there(ready):
         "codex": ("ok", "%s, version 0.169.0" % harness.STAND_IN_CODEX),
         "key": ("ok", "CODEX_API_KEY"), "secret": ("ok", "REPLICAS_ENGINE_SECRET is set"),
         "workspace": ("ok", ready.workspace), "codex home": ("ok", ready.codex_home),
-        "state": ("ok", ready.state),
+        "state": ("ok", ready.state), "settings": ("ok", "they can be used"),
+        "sandbox": ("ok", "danger-full-access"),
         "port": ("ok", "0 is free")}
     assert result.err == ""
     assert ready.calls() == []                      # no turn for a check
@@ -482,7 +484,8 @@ def test_check_misses_codex(ready, tmp_path):
 
 def test_check_misses_a_codex_that_runs(ready, tmp_path):
     path = program(tmp_path / "codex", "#!/bin/sh\nexit 1\n")
-    assert missing(ready, "codex", CODEX_PATH=str(path)) == "%s does not say its version" % path
+    assert missing(ready, "codex", CODEX_PATH=str(path)).startswith(
+        "%s does not say its version" % path)
 
 
 def test_check_misses_a_key(ready):
@@ -549,11 +552,13 @@ def test_check_is_content_with_an_engine_that_runs(ready):
 def test_check_says_everything_that_is_missing_at_once(ready, tmp_path):
     ready.env = {"PATH": "/nowhere", "HOME": str(tmp_path / "nobody"), "PORT": "0",
                  "HOST": "127.0.0.1", "CODEX_PATH": "/nowhere/codex",
+                 "REPLICAS_ENGINE_SANDBOX": "danger-full-access", "TMPDIR": str(tmp_path / "tmp"),
+                 "WORKSPACE_HOME": str(tmp_path / "gone"),
                  "REPLICAS_ENGINE_STATE": ready.state}
     result = check(ready)
     assert result.status == 1
     verdicts = [result.lines[what][0] for what in WHAT]
-    assert verdicts == ["MISSING"] * 4 + ["ok"] * 3
+    assert verdicts == ["MISSING"] * 4 + ["ok"] * 5
 
 
 def test_check_refuses_a_setting_that_cannot_be_used(ready):

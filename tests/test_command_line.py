@@ -15,6 +15,7 @@ import pytest
 import harness
 import replicas_engine
 from harness import script, wait_for
+from replicas_engine import Problems, Settings
 
 
 def run(*arguments, **options):
@@ -46,8 +47,9 @@ def complete(tmp_path):
     for name in ("workspace", ".codex"):
         (tmp_path / name).mkdir()
     return {"HOME": str(tmp_path), "CODEX_PATH": harness.STAND_IN_CODEX, "PATH": os.environ["PATH"],
-            "WORKSPACE_HOME": str(tmp_path / "workspace"), "REPLICAS_ENGINE_SECRET": "s",
-            "CODEX_API_KEY": "k", "HOST": "127.0.0.1", "PORT": "0"}
+            "WORKSPACE_HOME": str(tmp_path / "workspace"), "CODEX_API_KEY": "k",
+            "REPLICAS_ENGINE_SECRET": harness.SECRET, "TMPDIR": str(tmp_path / "tmp"),
+            "REPLICAS_ENGINE_SANDBOX": "danger-full-access", "HOST": "127.0.0.1", "PORT": "0"}
 
 
 def check(env):
@@ -92,6 +94,103 @@ def test_check_takes_a_login_for_a_key(complete, tmp_path):
     assert status == 0 and "auth.json" in output
 
 
+# The same problems, found by --check, told at the start, and in GET /codex/status
+
+def find_problems(env):
+    settings = Settings(env)
+    problems = Problems(settings, replicas_engine.CodexFinder(settings))
+    problems.try_out()
+    return {found["problem"]: found["details"] for found in problems.find()}
+
+
+def test_no_problems(complete):
+    assert find_problems(complete) == {}
+
+
+def test_a_secret_that_can_be_guessed(complete):
+    (text, remedy), = find_problems(dict(complete, REPLICAS_ENGINE_SECRET="15 characters..")).items()
+    assert "15 characters" in text and "16" in remedy
+    del complete["REPLICAS_ENGINE_SECRET"]  # as the package's command has it
+    assert find_problems(dict(complete, REPLICAS_ENGINE_SECRET_LENGTH="16")) == {}
+
+
+def test_a_directory_that_cannot_be_written_is_not_to_be_made(complete, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != complete["WORKSPACE_HOME"]
+                        and access(path, mode))
+    (text, remedy), = find_problems(complete).items()
+    assert "can't be written" in text and "make it" not in remedy and "WORKSPACE_HOME" in remedy
+    assert find_problems(dict(complete, REPLICAS_ENGINE_SANDBOX="read-only")) == {}
+
+
+@pytest.mark.parametrize("name, folder", [("CODEX_HOME", ".codex"),
+                                          ("REPLICAS_ENGINE_STATE", "workspace")])
+def test_a_place_below_the_temporary_directory(complete, name, folder):
+    env = dict(complete, **{name: os.path.join(complete["HOME"], folder, "..", folder)})
+    assert find_problems(env) == {}
+    (text, remedy), = find_problems(
+        dict(env, TMPDIR=os.path.join(complete["HOME"], folder))).items()
+    assert name in text and "lies below" in text and name in remedy
+
+
+def test_a_full_disk(complete, monkeypatch):
+    room = os.statvfs(complete["HOME"])
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(
+        room[:4] + (0,) + room[5:]) if path == complete["WORKSPACE_HOME"] else room)
+    (text, remedy), = find_problems(complete).items()
+    assert "disk is full" in text and remedy == "make room"
+
+
+def test_remedies_of_the_installed_service(complete, monkeypatch):
+    monkeypatch.setattr(replicas_engine, "SETUP", sys.executable)
+    env = dict(complete, STATE_DIRECTORY=complete["HOME"], WORKSPACE_HOME="/nowhere",
+               REPLICAS_ENGINE_SECRET="short")
+    assert list(find_problems(env).values()) == ["sudo replicas-engine-setup --secret -",
+                                                 "sudo replicas-engine-setup"]
+
+
+def test_a_sandbox_that_cannot_be_made(complete, tmp_path):
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text("#!/bin/sh\necho bwrap: No permissions >&2\nexit 1\n")
+    bwrap.chmod(0o755)
+    status, output = check(dict(complete, REPLICAS_ENGINE_SANDBOX="workspace-write",
+                                PATH="%s:%s" % (tmp_path, complete["PATH"])))
+    assert status == 1
+    assert "MISSING sandbox: Codex's sandbox can't be made here: bwrap: No permissions" in output
+
+
+def test_a_settings_file_of_the_service_that_others_can_read(complete, monkeypatch, tmp_path):
+    monkeypatch.setattr(replicas_engine, "SETUP", sys.executable)
+    monkeypatch.setattr(replicas_engine, "SETTINGS_FILE", str(tmp_path / "settings.env"))
+    (tmp_path / "settings.env").touch(0o640)
+    (text, remedy), = find_problems(dict(complete, STATE_DIRECTORY=complete["HOME"])).items()
+    assert "settings.env" in text and remedy.startswith("sudo chmod 600 ")
+
+
+@pytest.mark.parametrize("host, port, listens, right", [
+    (None, "3737", "[::]:3737", True), ("::", "3737", "[::]:3737", True),
+    ("127.0.0.1", "3737", "127.0.0.1:3737", True), ("127.0.0.1", "3737", "[::]:3737", False),
+    (None, "3737", "127.0.0.1:3737", False), (None, "4000", "[::]:3737", False)])
+def test_check_and_the_socket_of_systemd(complete, monkeypatch, tmp_path, host, port, listens, right):
+    (tmp_path / "systemctl").write_text("#!/bin/sh\necho 'Listen=%s (Stream)'\n" % listens)
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", "%s:%s" % (tmp_path, complete["PATH"]))
+    monkeypatch.setattr(replicas_engine, "SETUP", sys.executable)
+    env = dict(complete, STATE_DIRECTORY=complete["HOME"], HOST=host or "", PORT=port)
+    _, problems = replicas_engine.check_port(Settings(env))
+    assert [found["details"] for found in problems] == ([] if right else
+                                                        ["sudo replicas-engine-setup"])
+
+
+def test_the_start_warns_of_problems(make_engine):
+    engine = make_engine(CODEX_PATH="/bin/true", WORKSPACE_HOME="/nowhere",
+                         REPLICAS_ENGINE_SECRET="short", REPLICAS_ENGINE_SANDBOXX="read-only")
+    for text in ("/bin/true does not say its version", "WORKSPACE_HOME=/nowhere: No such file",
+                 "REPLICAS_ENGINE_SECRET can be guessed", "Codex has no key and no login",
+                 "REPLICAS_ENGINE_SANDBOXX is not a setting: set REPLICAS_ENGINE_SANDBOX instead"):
+        wait_for(lambda: " warning " + text in engine.log(), text)
+
+
 def test_check_and_the_port(complete):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, output = check(dict(complete, PORT=str(taken.getsockname()[1])))
@@ -113,7 +212,8 @@ def test_a_state_directory_in_use(make_engine, engine):
     second = make_engine("second", start=False, REPLICAS_ENGINE_STATE=engine.state)
     second.start(wait=False)
     assert second.process.wait(harness.PATIENCE) == 1
-    assert engine.state in second.log() and "another engine" in second.log()
+    assert "another engine is running with the state directory %s, pid %d" % (
+        engine.state, engine.process.pid) in second.log()
 
 
 def test_a_state_directory_that_cannot_be_made(make_engine):
@@ -184,11 +284,12 @@ def test_a_line_a_request(engine):
     engine.get("/nowhere")
     engine.send("a message that nobody else may read")
     engine.request("GET", "/ping", secret="a wrong secret")
-    lines = wait_for(lambda: engine.log().count("GET /ping") == 2 and engine.log()).splitlines()
-    assert [re.sub(r"[0-9.]+ ms", "N ms", line.split(" ", 2)[2]) for line in lines
-            if " ms" in line] == [
-        "GET /ping 200 N ms, from 127.0.0.1", "GET /nowhere 404 N ms, from 127.0.0.1",
-        "POST /codex/send 200 N ms, from 127.0.0.1", "GET /ping 401 N ms, from 127.0.0.1"]
+    lines = wait_for(lambda: engine.log().count(" ms,") == 4 and engine.log()).splitlines()
+    # Each by the thread of its connection, after the answer: in any order.
+    assert sorted(re.sub(r"[0-9.]+ ms,", "N ms,", line.split(" ", 2)[2]) for line in lines
+                  if " ms," in line) == [
+        "GET /nowhere 404 N ms, from 127.0.0.1", "GET /ping 200 N ms, from 127.0.0.1",
+        "GET /ping 401 N ms, from 127.0.0.1", "POST /codex/send 200 N ms, from 127.0.0.1"]
     for line in lines:
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (debug|info|warning|error) ", line)
     assert "turn 1 started" in engine.log() and "turn 1 ended: turn.completed" in engine.log()
@@ -203,7 +304,7 @@ def test_refused_secrets_are_warnings_and_few(engine):
     wait_for(lambda: engine.log().count("GET /ping 401") == 60)
     assert engine.log().count(
         " warning a request from 127.0.0.1 was refused: Unauthorized: Invalid secret") == 1
-    assert engine.log().count(" warning ") == 1
+    assert engine.log().count(" was refused: ") == 1
 
 
 def test_development_logs_more(make_engine):
@@ -306,11 +407,11 @@ def test_journal_priorities(make_engine, tmp_path):
                    REPLICAS_ENGINE_SECRET="", REPLICAS_ENGINE_STATE=str(tmp_path / "state"))
         process = subprocess.Popen([sys.executable, harness.MODULE], env=env, cwd=str(tmp_path),
                                    stderr=file)
-        lines = wait_for(lambda: len(log.read_text().splitlines()) == 2 and
-                         log.read_text().splitlines())
+        wait_for(lambda: "\n<4>REPLICAS_ENGINE_SECRET is not set" in log.read_text())
         process.terminate()
         process.wait()
-    assert lines[0].startswith("<6>replicas-engine ") and lines[1].startswith("<4>REPLICAS_ENGINE")
+    lines = log.read_text().splitlines()
+    assert lines[0].startswith("<6>replicas-engine ") and lines[-1] == "<6>stopped"
 
 
 # What must not end it, and what must
@@ -471,7 +572,7 @@ def test_notifications_that_nobody_takes(make_engine, notifications):
 def test_a_socket_from_systemd(make_engine):
     """sd_listen_fds(3); the socket goes on being there while the engine is not."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        engine = make_engine(start=False, LISTEN_FDS="1")
+        engine = make_engine(start=False, LISTEN_FDS="1", HOST="0.0.0.0")
         engine.port = listener.getsockname()[1]
 
         program = ("import os, sys\nos.dup2(int(sys.argv[1]), 3)\n"
@@ -489,6 +590,9 @@ def test_a_socket_from_systemd(make_engine):
         assert engine.send("hi")[-2].type == "turn.completed"
         assert "LISTEN_FDS" not in engine.calls()[0]["env"]
         assert engine.stop() == 0
+        assert "listening on port %d of 127.0.0.1" % engine.port in engine.log()
+        assert re.search("warning HOST=0.0.0.0 and PORT=0 are passed over.*: sudo replicas-engine-"
+                         "setup", engine.log())
         waiting = engine.connect()
         waiting.request("GET", "/health")       # nobody is there, and nothing is refused
         start()

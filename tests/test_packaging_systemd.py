@@ -799,6 +799,31 @@ def test_nobody_reads_the_secret_before_the_engine_runs(installed):
     assert done.returncode != 0 and not done.stdout
 
 
+def test_check_does_not_have_the_secret(installed):
+    machine = installed
+    machine.write("/srv/codex", "#!/bin/sh\nsleep 4\necho codex-cli 0.169.0\n", 0o755)
+    machine.run("echo CODEX_PATH=/srv/codex >>" + SETTINGS)
+    out = machine.out("replicas-engine --check >/srv/checked & sleep 2; for pid in $(pgrep -f"
+                      " '[-]I /usr/lib/replicas-engine --check'); do cat /proc/$pid/environ; done |"
+                      " tr '\\0' '\\n'; wait")
+    assert "CODEX_PATH=/srv/codex" in out and machine.secret() not in out
+    assert "ok      secret: REPLICAS_ENGINE_SECRET is set" in machine.out("cat /srv/checked")
+
+
+def test_check_finds_what_is_wrong_with_the_settings_and_the_socket(installed):
+    machine = installed
+    machine.run("echo no setting >>%s; echo PORT=4000 >>%s" % (SETTINGS, SETTINGS))
+    done = machine.run("replicas-engine --check", check=False)
+    assert done.returncode == 1 and "NAME=" in done.stderr
+    machine.run("sed -i /^no/d " + SETTINGS)
+    done = machine.run("replicas-engine --check", check=False)
+    assert re.search("MISSING port: .*PORT=4000 are passed over.*3737 of every interface; sudo "
+                     "replicas-engine-setup", done.stdout), done
+    machine.run("systemctl stop replicas-engine; userdel ubuntu")
+    done = machine.run("replicas-engine --check", check=False)
+    assert done.returncode == 1 and "there is no user ubuntu; sudo replicas-engine-setup" in done.stdout
+
+
 def test_stop_leaves_no_process(with_codex):
     machine = with_codex
     threads, texts = running_turn(machine)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import conftest
 import harness
 import replicas_engine
-from replicas_engine import Settings, SettingsError, parse_dotenv
+from replicas_engine import ENGINE_SETTINGS, Settings, SettingsError, parse_dotenv
 
 
 def test_defaults():
@@ -173,6 +174,7 @@ def test_a_dotenv_that_is_a_folder_is_passed_over(make_engine):
     engine = make_engine(start=False)
     os.mkdir(os.path.join(engine.folder, ".env"))
     assert engine.start().get("/ping").status == 200
+    harness.wait_for(lambda: "warning the file .env can't be read: Is a directory" in engine.log())
 
 
 def test_importing_the_module_does_nothing(tmp_path):
@@ -185,13 +187,55 @@ def test_importing_the_module_does_nothing(tmp_path):
 
 def test_the_settings_are_those_of_the_readme():
     with open(os.path.join(harness.ROOT, "README.md"), encoding="utf-8") as file:
-        readme = file.read()
+        table = re.findall(r"^\| (`[A-Z_`, ]+`) \|", file.read(), re.MULTILINE)
+    names = set(re.findall(r"[A-Z_]+", " ".join(table)))
+    assert {name for name in names if name.startswith("REPLICAS_ENGINE_")} == set(ENGINE_SETTINGS)
     with open(replicas_engine.__file__, encoding="utf-8") as file:
         module = file.read()
-    for name in ("REPLICAS_ENGINE_SECRET", "PORT", "HOST", "WORKSPACE_HOME", "NODE_ENV",
-                 "CODEX_PATH", "CODEX_HOME", "CODEX_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL",
-                 "REPLICAS_ENGINE_SANDBOX", "REPLICAS_ENGINE_MODEL", "REPLICAS_ENGINE_IDLE_TIMEOUT",
-                 "REPLICAS_ENGINE_TURN_TIMEOUT", "REPLICAS_ENGINE_STATE",
-                 "REPLICAS_ENGINE_MAX_BODY", "REPLICAS_ENGINE_MAX_CONNECTIONS",
-                 "REPLICAS_ENGINE_MAX_HISTORY"):
-        assert "`%s`" % name in readme and '"%s"' % name in module, name
+    for name in names - {"REPLICAS_ENGINE_SECRET"}:
+        assert '"%s"' % name in module or name in ENGINE_SETTINGS, name
+
+
+# What can be used, but hardly as it is meant
+
+def problems_of(folder, monkeypatch, **env):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(os, "environ", dict(env, HOME=str(folder)))
+    return ["%(problem)s: %(details)s" % found for found in Settings.from_process().problems]
+
+
+@pytest.mark.parametrize("name, says", [
+    ("REPLICAS_ENGINE_SANDBOXES", "set REPLICAS_ENGINE_SANDBOX instead"),
+    ("REPLICAS_ENGINE_STAT", "set REPLICAS_ENGINE_STATE instead"),
+    ("REPLICAS_ENGINE_" + 40 * "Q", "README lists them")])
+def test_a_name_that_only_looks_like_a_setting(tmp_path, monkeypatch, name, says):
+    found, = problems_of(tmp_path, monkeypatch, **{name: "1"})
+    assert found.startswith(name + " is not a setting") and says in found
+
+
+def test_dotenv_with_lines_that_set_nothing(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("# a comment\n\nA='one\ntwo'\nPORT 3737\nB=1\n  export C\n")
+    (tmp_path / ".env").chmod(0o600)
+    assert problems_of(tmp_path, monkeypatch) == [
+        "lines of the file .env set nothing: 5, 7: write NAME=value, or # in front of it"]
+
+
+def test_a_dotenv_that_others_can_read(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("PORT=1\n")
+    (tmp_path / ".env").chmod(0o640)
+    assert problems_of(tmp_path, monkeypatch) == [
+        "other users can read the file .env: chmod 600 .env"]
+
+
+def test_a_secret_in_dotenv_is_the_agents_to_read(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("REPLICAS_ENGINE_SECRET=a\n")
+    (tmp_path / ".env").chmod(0o600)
+    found, = problems_of(tmp_path, monkeypatch)
+    assert "agent can read REPLICAS_ENGINE_SECRET" in found
+    assert problems_of(tmp_path, monkeypatch, REPLICAS_ENGINE_SECRET="b") == []
+
+
+def test_a_dotenv_that_is_a_pipe_does_not_hold_up_the_start(tmp_path, monkeypatch):
+    os.mkfifo(str(tmp_path / ".env"))
+    found, = problems_of(tmp_path, monkeypatch)
+    assert ".env can't be read" in found and "regular file" in found
