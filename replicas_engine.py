@@ -2240,6 +2240,7 @@ class CodexFinder:
     def __init__(self, settings):
         self.settings = settings
         self._version = (None, None)        # which file it is of, and what that said
+        self._asking = threading.Lock()     # one thread at a time asks for it
 
     def find(self):
         """The Codex to run.  Raises HTTPError 503 with what to do."""
@@ -2270,9 +2271,10 @@ class CodexFinder:
         try:
             file = os.stat(codex.program)
             identity = (codex.program, file.st_ino, file.st_size, file.st_mtime_ns)
-            if self._version[0] != identity:    # None is remembered too: it may have cost seconds
-                self._version = (identity, self._ask_version(codex))
-            return self._version[1]
+            with self._asking:
+                if self._version[0] != identity:    # None is remembered: it may have cost seconds
+                    self._version = (identity, self._ask_version(codex))
+                return self._version[1]
         except OSError:
             return None
 
@@ -3886,7 +3888,8 @@ class Application:
             "working_directory": self.settings.workspace,
             "turn": self._turn(),
             "codex": self._codex(),
-            "engine": {"version": __version__, "started_at": runner.started_at}})
+            "engine": {"version": __version__, "started_at": runner.started_at},
+            "problems": self.problems.find()})
 
     def _turn(self):
         try:

@@ -244,7 +244,7 @@ def check_status(engine):
     """What holds of every status; the status."""
     status = engine.status()
     assert list(status) == ["has_active_thread", "thread_id", "session_file", "working_directory",
-                            "turn", "codex", "engine"]
+                            "turn", "codex", "engine", "problems"]
     assert status["has_active_thread"] is (status["thread_id"] is not None)
     assert status["working_directory"] == engine.workspace
     assert set(status["engine"]) == {"version", "started_at"}
@@ -429,6 +429,18 @@ def test_an_upgrade_in_a_turn(make_engine, tmp_path):
     assert status["codex"]["version"] == "0.169.0" and status["turn"]["status"] == "running"
     write(gate, b"")
     assert engine.wait_for_turn()["status"] == "completed"
+
+
+def test_problems_are_in_the_status(make_engine):
+    """What keeps turns from starting or ending well, and what to do; /health stays as it is."""
+    engine = make_engine(OPENAI_API_KEY="sk-x")
+    assert engine.status()["problems"] == []
+    os.rename(engine.workspace, engine.workspace + ".moved")
+    problem, = engine.status()["problems"]
+    assert "WORKSPACE_HOME=" + engine.workspace in problem["problem"] and problem["details"]
+    assert engine.get("/health").status == 200
+    os.rename(engine.workspace + ".moved", engine.workspace)
+    assert engine.status()["problems"] == []
 
 
 def test_the_version_is_asked_for_once(engine):
