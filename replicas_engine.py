@@ -87,7 +87,7 @@ import zlib
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 # ---------------------------------------------------------------------------------------------

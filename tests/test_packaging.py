@@ -133,17 +133,50 @@ def test_deb_is_reproducible(deb, tmp_path):
         if os.path.exists(os.path.join(CHECKOUT, name)):
             shutil.copy(os.path.join(CHECKOUT, name), str(copy))
     epoch = run("git", "-C", CHECKOUT, "log", "-1", "--format=%ct").stdout.strip() or "1767225600"
-    env = dict(os.environ, SOURCE_DATE_EPOCH=epoch, TZ="Asia/Tokyo", LC_ALL="C.UTF-8")
-    again = ok("sh", "-c", 'umask 077; exec "$0" out', str(copy / "packaging" / "build-deb"),
-               env=env, cwd=str(tmp_path)).stdout.strip()
-    with open(deb, "rb") as one, open(again, "rb") as other:
-        assert one.read() == other.read()
+    built = []
+    for umask, zone in (("022", "UTC"), ("077", "Asia/Tokyo")):
+        env = dict(os.environ, SOURCE_DATE_EPOCH=epoch, TZ=zone, LC_ALL="C.UTF-8")
+        name = ok("sh", "-c", 'umask %s; exec "$0" out' % umask,
+                  str(copy / "packaging" / "build-deb"), env=env, cwd=str(tmp_path)).stdout.strip()
+        with open(name, "rb") as file:
+            built.append(file.read())
+        os.unlink(name)
+    assert built[0] == built[1]
+
+
+def test_every_commit_has_a_version_of_its_own(tmp_path):
+    """So that a newer one upgrades; a release's tag has just its number."""
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGING, str(source / "packaging"))
+    shutil.copy(os.path.join(CHECKOUT, "replicas_engine.py"), str(source))
+    git = ["git", "-C", str(source), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    ok(*git, "init", "-q")
+    ok(*git, "add", "-A")
+    versions = []
+    for moment in ("2026-11-25T23:59:58+0000", "2026-11-26T01:59:59+0200", "2026-11-26T00:00:00Z"):
+        env = dict(os.environ, GIT_COMMITTER_DATE=moment)
+        ok(*git, "commit", "-q", "--allow-empty", "-m", "x", env=env)
+        deb = ok(str(source / "packaging" / "build-deb"), str(tmp_path)).stdout.strip()
+        versions.append(ok("dpkg-deb", "-f", deb, "Version").stdout.strip())
+        ok("dpkg-deb", "-x", deb, str(tmp_path / "tree"))
+        module = str(tmp_path / "tree" / "usr" / "lib" / "replicas-engine" / "replicas_engine.py")
+        assert ok(sys.executable, module, "--version").stdout.split() == [
+            "replicas-engine", versions[-1]]
+    number = versions[0].partition("+")[0]
+    assert versions[0].startswith(number + "+git20261125235958.")
+    for older, newer in zip([number] + versions, versions):
+        ok("dpkg", "--compare-versions", older, "lt", newer)
+    ok(*git, "tag", "v" + number)
+    assert ok(str(source / "packaging" / "build-deb"), str(tmp_path)).stdout.strip().endswith(
+        "/replicas-engine_%s_all.deb" % number)
 
 
 def test_deb_holds_what_it_should(deb):
     version = re.search('(?m)^__version__ = "(.*)"$',
                         open(os.path.join(CHECKOUT, "replicas_engine.py")).read()).group(1)
-    assert os.path.basename(deb) == "replicas-engine_%s_all.deb" % version
+    name = re.fullmatch(r"replicas-engine_(%s(\+git[0-9]{14}\.[0-9a-f]+)?)_all\.deb"
+                        % re.escape(version), os.path.basename(deb))
+    version = name.group(1)
     fields = ok("dpkg-deb", "-f", deb).stdout.splitlines()
     assert {"Version: " + version, "Architecture: all", "Depends: python3 (>= 3.8)"} <= set(fields)
     lines = ok("dpkg-deb", "-c", deb).stdout.splitlines()
@@ -386,10 +419,11 @@ def check_try(checkout, done, **env):
     assert "event: thread.started" in done.stdout and "event: turn.completed" in done.stdout
     assert "event: done" in done.stdout
     # The lines to go on with work as they are printed.
-    lines = re.findall(r"(?m)^  (curl .*)$", done.stdout)
+    settings = re.search(r"(?m)^ENGINE=.*\nSECRET='.*'$", done.stdout).group()
+    lines = re.findall(r"(?m)^(curl .*)$", done.stdout)
     assert len(lines) == 3
     for line in lines:
-        answer = ok("sh", "-c", line.replace("curl", "curl -sf", 1),
+        answer = ok("sh", "-c", settings + "\n" + line.replace("curl", "curl -sf", 1),
                     env=dict(os.environ, **env)).stdout
         assert answer, line
         assert "/codex/status" not in line or "\"has_active_thread\":true" in answer
