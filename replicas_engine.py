@@ -827,11 +827,12 @@ class Request:
         return body
 
 
-def whole_number(query, name, least=0):
+def whole_number(query, name, least=0, most=10 ** 15 - 1):
     """The parameter `name` of a query as an int, or None if it isn't there."""
     text = query.get(name, str(least))
-    if not re.fullmatch(r"[0-9]{1,15}", text) or int(text) < least:
-        raise bad_parameter(name, "must be a whole number from %d up" % least)
+    if not re.fullmatch(r"[0-9]{1,15}", text) or not least <= int(text) <= most:
+        raise bad_parameter(name, "must be a whole number from %d %s" % (
+            least, "up" if most == 10 ** 15 - 1 else "to %d" % most))
     return int(text) if name in query else None
 
 
@@ -1235,6 +1236,11 @@ class TurnLog:
         with self.changed:
             if self.size <= offset and not self.finished:
                 self.changed.wait(timeout)
+
+    def wait_for_end(self, timeout):
+        """Wait until the log is finished, `timeout` seconds at most."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.finished, timeout)
 
     def offset_after(self, number):
         """Where the event behind event `number` begins (0: the first), or None: no such event.
@@ -2156,6 +2162,8 @@ NODE_VERSIONS = ("~/.nvm/versions/node", "~/.local/share/fnm/node-versions",
 PLATFORMS = {"x86_64": ("x86_64-unknown-linux-musl", "codex-linux-x64"),
              "aarch64": ("aarch64-unknown-linux-musl", "codex-linux-arm64")}
 
+FIRST_WITH_USAGE_OF_THREAD = (0, 98)       # `usage` was the turn's own before
+
 VERSION_PATIENCE = 5.0                     # seconds that `codex --version` may take
 
 HOW_TO_INSTALL = ("install it with `npm install -g @openai/codex`, "
@@ -2214,6 +2222,12 @@ def codex_environment(settings, codex, mark):
     if codex.path_folder:
         env["PATH"] = codex.path_folder + os.pathsep + (env.get("PATH") or os.defpath)
     return env
+
+
+def version_numbers(version):
+    """A version's first two numbers, such as (0, 98), or None."""
+    match = re.match(r"([0-9]+)\.([0-9]+)", version or "")
+    return match and tuple(map(int, match.groups()))
 
 
 def config_argument(key, value):
@@ -2837,7 +2851,7 @@ class Turn:
     def header(self):
         """The log's header: what is known of the turn before its first event."""
         return {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
-                **self.run.processes.saved()}
+                "version": self.runner.finder.version(self.codex), **self.run.processes.saved()}
 
     def _launch(self, thread_id):
         """Start Codex on the thread, or on a new one."""
@@ -3207,17 +3221,15 @@ def _check_stopped(turn):
 
 
 def _own_usage(turn_log, usage, usages):
-    """What a turn used of its own: from 0.98 on Codex says what its whole thread has.  None where
-    the thread's turn before isn't known, or ended without saying it."""
-    if usage is None or turn_log.header.get("usage_of") == "turn":
-        return usage
-    if turn_log.header.get("thread_id") is None:        # it began the thread
-        return usage
-    before = usages.get(turn_log.thread_id)
-    if not before or turn_log.header.get("usage_of") != "thread":
+    """What a turn used of its own: from 0.98 on Codex says what its whole thread has.  `usages` is
+    what the turns before it said, by thread; None where that isn't known."""
+    version = version_numbers(turn_log.header.get("version"))
+    if usage is None or version is None:
         return None
-    return {key: count - before.get(key, 0) for key, count in usage.items()
-            if isinstance(count, int) and isinstance(before.get(key, 0), int)}
+    if version < FIRST_WITH_USAGE_OF_THREAD or turn_log.header.get("thread_id") is None:
+        return usage                        # or the turn began the thread
+    before = usages.get(turn_log.thread_id)
+    return before and {key: count - before.get(key, 0) for key, count in usage.items()}
 
 
 class CodexRunner:
@@ -3366,18 +3378,20 @@ class CodexRunner:
         except OSError as error:
             raise unavailable("The turn's log can't be read", error.strerror) from None
 
-    def results(self, newest=None):
-        """The results of the kept turns up to `newest`, newest first.  Raises HTTPError."""
+    def results(self, wanted):
+        """The results of the kept turns `wanted`, a list of ids, newest first.  Raises HTTPError.
+        """
         usages, results = {}, []            # thread id -> the usage of its turn before, or None
         for turn_id in self.state.turn_ids():
-            if newest is not None and turn_id > newest:
+            if turn_id > max(wanted, default=0):
                 break
             with contextlib.suppress(NoSuchTurn):
                 turn_log = self.turn_log(turn_id)
-                result = turn_result(turn_log)
-                result["turn_usage"] = _own_usage(turn_log, result["usage"], usages)
-                usages[turn_log.thread_id] = result["usage"]
-                results.insert(0, result)
+                usage = turn_summary(turn_log)["usage"]
+                if turn_id in wanted:
+                    results.insert(0, dict(turn_result(turn_log), turn_usage=_own_usage(
+                        turn_log, usage, usages)))
+                usages[turn_log.thread_id] = usage
         return results
 
     def interrupt(self):
@@ -3457,9 +3471,8 @@ class CodexRunner:
                               "%s is not a directory: make it, or set WORKSPACE_HOME"
                               % self.settings.workspace)
         for key, since in options.since.items():
-            version = self.finder.version(codex) or ""
-            numbers = re.match(r"([0-9]+)\.([0-9]+)", version)
-            if numbers and tuple(map(int, numbers.groups())) < since:
+            version = self.finder.version(codex)
+            if (version_numbers(version) or since) < since:
                 raise bad_parameter(key, "is beyond Codex %s: it takes %d.%d or newer"
                                     % (version, *since))
         self._finish_left()
@@ -3702,6 +3715,7 @@ class Problems:
 # ---------------------------------------------------------------------------------------------
 
 MAX_HEALTH_BODY = 64 * 1024                # bytes that a client without the secret may send
+MAX_WAIT = 300                             # seconds that a request for a result may wait
 WARNING_INTERVAL = 60.0                    # seconds between two warnings of refused secrets
 
 
@@ -3724,6 +3738,8 @@ class Application:
                                                             "timestamp": timestamp()})),
             ("POST", "/codex/send", self.send),
             ("GET", "/codex/events", self.events),
+            ("GET", "/codex/turns", self.turns),
+            ("GET", "/codex/turns/N", self.turn),
             ("POST", "/codex/interrupt", self.interrupt),
             ("GET", "/codex/history", self.history),
             ("GET", "/codex/status", self.status),
@@ -3862,6 +3878,28 @@ class Application:
         if turn_log.finished and number == turn_log.last:
             return Response([], 204)
         return event_stream(request, turn_log, offset)
+
+    # GET /codex/turns and GET /codex/turns/N
+
+    def turns(self, request):
+        query = request.query()
+        before = whole_number(query, "before", least=1)
+        ids = [turn_id for turn_id in self.runner.state.turn_ids()
+               if before is None or turn_id < before]
+        limit = whole_number(query, "limit", least=1)
+        results = self.runner.results(ids[-limit:] if limit else ids)
+        for result in results:
+            del result["final_message"]
+            result.pop("final_message_truncated", None)
+        return json_response({"turns": results})
+
+    def turn(self, request):
+        turn_id = int(request.path.rpartition("/")[2][:15])
+        seconds = whole_number(request.query(), "wait", most=MAX_WAIT) or 0
+        self.runner.turn_log(turn_id).wait_for_end(seconds)
+        for result in self.runner.results([turn_id]):
+            return json_response(result)
+        raise NoSuchTurn("turn %d is no longer kept" % turn_id)
 
     # POST /codex/interrupt
 
