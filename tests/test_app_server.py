@@ -153,6 +153,13 @@ def test_answers_out_of_order_and_18_mb_of_them(world):
     assert types(turn) == ["thread.started", "turn.started", "turn.completed"]
 
 
+def test_an_answer_that_comes_twice_counts_once(world):
+    twice = [{"answer": True}, {"answer": {"result": {"turn": {"id": "other"}}}}]
+    world.behave(initialize=twice, account_login_start=twice, thread_start=twice, turn_start=twice)
+    assert types(world.live({"sleep": 0.3}, {"say": "a"}, {"complete": True})) == WHOLE
+    assert len(world.read("thread/start")) == len(world.read("turn/start")) == 1
+
+
 def test_an_unknown_thread(world):
     with pytest.raises(driver.Refused, match="no rollout found"):
         world.live(thread_id=UNKNOWN)

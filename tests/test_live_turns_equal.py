@@ -366,33 +366,36 @@ def test_mcp_servers(world):
             file.write(config)
 
 
-def test_the_key_is_for_the_model_and_nobody_else(world):
-    world.new_workspace()
-    before = len(world.requests())
-    world.live(directives("run env >env.txt"), sandbox_mode="danger-full-access")
-    with open(os.path.join(world.settings.workspace, "env.txt"), encoding="utf-8") as file:
+@pytest.fixture(params=VERSIONS)
+def new_world(request):
+    """One that no turn of exec's was in, as 0.169's may leave its environment in Codex's home: with
+    the key, in shell_snapshots/, where a short turn ends before the file has its name."""
+    made = World(request.param)
+    yield made
+    made.close()
+
+
+def test_the_key_is_for_the_model_and_nobody_else(new_world):
+    new_world.new_workspace()
+    new_world.live(directives("run env >env.txt"), sandbox_mode="danger-full-access")
+    with open(os.path.join(new_world.settings.workspace, "env.txt"), encoding="utf-8") as file:
         assert KEY not in file.read()
-    assert {request["headers"]["authorization"] for request in world.requests()[before:]} == {
+    assert {request["headers"]["authorization"] for request in new_world.requests()} == {
         "Bearer " + KEY}
-    found = subprocess.run(["grep", "-rl", KEY, world.settings.home], stdout=subprocess.PIPE)
-    assert found.stdout == b""
+    found = subprocess.run(["grep", "-rl", KEY, new_world.settings.home], stdout=subprocess.PIPE)
+    assert found.returncode == 1, found.stdout
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_key_and_a_url_reach_codexs_own_provider(version):
-    world = World(version)
-    try:
-        world.settings.env["OPENAI_BASE_URL"] = world.settings.inherited["OPENAI_BASE_URL"] = \
-            world.url
-        with open(os.path.join(world.settings.codex_home, "config.toml"), "w") as file:
-            file.write(QUIET)
-        world.new_workspace()
-        events = world.live(directives("stream 1", "say hello there"))
-        assert events[-1]["type"] == "turn.completed" and "hello there" in json.dumps(events)
-        assert {request["headers"]["authorization"] for request in world.requests()} == {
-            "Bearer " + KEY}
-    finally:
-        world.close()
+def test_a_key_and_a_url_reach_codexs_own_provider(new_world):
+    world = new_world
+    world.settings.env["OPENAI_BASE_URL"] = world.settings.inherited["OPENAI_BASE_URL"] = world.url
+    with open(os.path.join(world.settings.codex_home, "config.toml"), "w") as file:
+        file.write(QUIET)
+    world.new_workspace()
+    events = world.live(directives("stream 1", "say hello there"))
+    assert events[-1]["type"] == "turn.completed" and "hello there" in json.dumps(events)
+    assert {request["headers"]["authorization"] for request in world.requests()} == {
+        "Bearer " + KEY}
 
 
 def test_deltas_are_a_preview_of_their_items(world):
