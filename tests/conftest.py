@@ -1,8 +1,12 @@
-"""Fixtures: engines, and what must not be left behind by a test."""
+"""Fixtures: engines, what tests need of the machine, and what no test may leave behind."""
 
+import functools
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -16,6 +20,62 @@ import replicas_engine  # noqa: E402
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+
+
+# What tests need of the machine.  Each is probed once, and what it lacks is one reason.
+
+def unavailable(reason):
+    """Skip a test for `reason`; where CI is set that is a failure instead."""
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+def _no_root():
+    return None if os.geteuid() == 0 else "only root can test this"
+
+
+def _no_tmpfs():
+    """Whether a small file system can be mounted, which a full disk takes."""
+    if lacks("root"):
+        return lacks("root")
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder],
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if mounted.returncode:
+            return "no tmpfs can be mounted: " + mounted.stdout.decode().strip()
+        subprocess.run(["umount", folder], check=True)
+    return None
+
+
+def _no_machines():
+    """Whether others can be booted (packaging_machine.py)."""
+    return next(filter(None, map(lacks, (
+        "root", "systemd-nspawn", "mmdebstrap", "nsenter", "setpriv", "dpkg-deb"))), None)
+
+
+PROBES = {"root": _no_root, "tmpfs": _no_tmpfs, "machines": _no_machines}
+
+
+@functools.lru_cache(maxsize=None)
+def lacks(what):
+    """Why there is no `what` of PROBES, or no program of that name; None if there is."""
+    if what in PROBES:
+        return PROBES[what]()
+    return None if shutil.which(what) else "the program %s is not installed" % what
+
+
+def need(*needs):
+    """Skip the test if the machine lacks one of them; where CI is set that is a failure."""
+    for what in needs:
+        if lacks(what):
+            unavailable(lacks(what))
+
+
+def real_codex(version):
+    """The program of the real Codex; without it the test is skipped."""
+    program = harness.codex_program(version)
+    return program or unavailable("Codex %s is not in .cache/codex: see tests/run" % version)
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +92,10 @@ def make_engine(tmp_path):
     """Start engines in folders of their own; whatever they leave is an error, and stopped."""
     engines = []
 
-    def make(name="engine", start=True, **env):
+    def make(name="engine", start=True, constants=None, **env):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        engine = harness.Engine(folder, **env)
+        engine = harness.Engine(folder, constants, **env)
         engines.append(engine)
         return engine.start() if start else engine
 
@@ -59,8 +119,22 @@ def engine(make_engine):
     return make_engine()
 
 
-def unavailable(reason):
-    """Skip a test for `reason`; where CI is set that is a failure instead."""
-    if os.environ.get("CI"):
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The stand-in model: a function that points a CODEX_HOME at it."""
+    process = subprocess.Popen([sys.executable, harness.STAND_IN_MODEL, "--exit-with-stdin"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    url = process.stdout.readline().decode().strip()
+
+    def configure(codex_home):
+        with open(os.path.join(codex_home, "config.toml"), "w", encoding="utf-8") as file:
+            file.write('model_provider = "stand-in"\n[model_providers.stand-in]\n'
+                       'name = "Stand-in"\nbase_url = "%s"\nwire_api = "responses"\n'
+                       'requires_openai_auth = true\nrequest_max_retries = 1\n'
+                       'stream_max_retries = 1\n[features]\nplugins = false\n'
+                       '[analytics]\nenabled = false\n' % url)
+
+    yield configure
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()

@@ -1,5 +1,6 @@
 """What the tests share: engines as processes, clients that read streams, waiting for conditions."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -19,6 +20,18 @@ RECORDINGS = os.path.join(TESTS, "codex-runs")
 SECRET = "correct horse battery staple"
 CODEX_VERSIONS = os.environ.get("CODEX_VERSIONS", "0.169.0 0.98.0 0.50.0").split()
 PATIENCE = 60.0                     # seconds until a condition that must come has failed to
+
+# The engine with other values for some of the module's constants: NAME=VALUE ...
+WITH_CONSTANTS = """\
+import sys
+sys.path.insert(0, %r)
+import replicas_engine
+for name, _, value in (pair.partition("=") for pair in sys.argv[1:]):
+    assert hasattr(replicas_engine, name), name
+    setattr(replicas_engine, name, type(getattr(replicas_engine, name))(value))
+sys.exit(replicas_engine.main([]))
+""" % ROOT
+OPEN_TO_VIEW = {"PR_SET_DUMPABLE": 3}   # it asks (prctl(2)) instead of shutting its own user out
 
 
 def wait_for(condition, what="", patience=PATIENCE):
@@ -133,7 +146,10 @@ class Engine:
 
     program = [sys.executable, "-W", "error", MODULE]
 
-    def __init__(self, folder, **env):
+    def __init__(self, folder, constants=None, **env):
+        if constants:
+            self.program = [sys.executable, "-W", "error", "-c", WITH_CONSTANTS] + [
+                "%s=%s" % pair for pair in sorted(constants.items())]
         self.folder = str(folder)
         self.home = os.path.join(self.folder, "home")
         self.codex_home = os.path.join(self.home, ".codex")
@@ -145,7 +161,8 @@ class Engine:
         self.env = {
             "PATH": os.pathsep.join([os.path.dirname(sys.executable), "/usr/local/bin", "/usr/bin",
                                      "/bin"]),
-            "HOME": self.home, "TMPDIR": self.tmp, "PYTHONFAULTHANDLER": "1", "LANG": "C.UTF-8", "TZ": "UTC",
+            "HOME": self.home, "TMPDIR": self.tmp, "LANG": "C.UTF-8", "TZ": "UTC",
+            "PYTHONFAULTHANDLER": "1",
             "HOST": "127.0.0.1", "PORT": "0", "REPLICAS_ENGINE_SECRET": SECRET,
             "WORKSPACE_HOME": self.workspace, "REPLICAS_ENGINE_STATE": self.state,
             "CODEX_HOME": self.codex_home, "CODEX_PATH": STAND_IN_CODEX}
@@ -269,27 +286,69 @@ class Engine:
             return []
 
 
+# Processes, seen from outside: proc(5)
+
+def _proc(pid, name):
+    """The bytes of /proc/<pid>/<name>; none where there is no such process or it lets nobody look."""
+    try:
+        with open("/proc/%s/%s" % (pid, name), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _stat(pid):
+    """The fields of /proc/<pid>/stat behind the name, which may have anything in it."""
+    return _proc(pid, "stat").rpartition(b")")[2].split()
+
+
+def every_pid():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def command_of(pid):
+    return _proc(pid, "cmdline").split(b"\0")
+
+
 def processes_with(variable, value):
     """The pids of all processes that have `variable=value` in their environment."""
-    found, wanted = [], ("\0%s=%s\0" % (variable, value)).encode()
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open("/proc/%s/environ" % name, "rb") as file:
-                    if wanted in b"\0" + file.read():
-                        found.append(int(name))
-            except OSError:
-                pass
-    return found
+    wanted = ("\0%s=%s\0" % (variable, value)).encode()
+    return [pid for pid in every_pid() if wanted in b"\0" + _proc(pid, "environ")]
 
 
 def is_alive(pid):
     """Whether the process runs; a zombie does not."""
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except OSError:
-        return False
+    return _stat(pid)[:1] not in ([], [b"Z"], [b"X"])
+
+
+def running(word):
+    """The pids of the living processes that have it in their command line."""
+    return [pid for pid in every_pid()
+            if any(word.encode() in part for part in command_of(pid)) and is_alive(pid)]
+
+
+def children_of(pid, states=b"RSDTtZ"):
+    """The pids of its children that are in one of those states."""
+    return [child for child in every_pid() for fields in [_stat(child)]
+            if fields[1:2] == [b"%d" % pid] and fields[0] in states]
+
+
+def zombies_of(pid):
+    return children_of(pid, b"Z")
+
+
+def status_of(pid, field):
+    """A number in /proc/<pid>/status: `Threads`, or KiB as in `VmHWM`, the most it ever had."""
+    return int(re.search(r"(?m)^%s:\s+(\d+)" % field, _proc(pid, "status").decode()).group(1))
+
+
+def descriptors_of(pid="self"):
+    """The descriptors, and what they are of: see OPEN_TO_VIEW."""
+    found, folder = {}, "/proc/%s/fd" % pid
+    for number in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):    # such as that of the listing itself
+            found[int(number)] = os.readlink(os.path.join(folder, number))
+    return found
 
 
 def raw(port, data, timeout=PATIENCE, half_close=False):

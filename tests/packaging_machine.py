@@ -22,15 +22,6 @@ CLONE = "/srv/a clone"  # packaging/ works from a clone at any path
 SETTINGS = "/etc/replicas-engine/settings.env"
 
 
-def missing():
-    """What this machine lacks to boot others, or None."""
-    if os.geteuid() != 0:
-        return "needs root"
-    tools = [tool for tool in ("systemd-nspawn", "mmdebstrap", "nsenter", "setpriv", "dpkg-deb")
-             if not shutil.which(tool)]
-    return "needs " + ", ".join(tools) if tools else None
-
-
 def codex_0_169():
     """The directory of the real Codex 0.169.0 (bin/codex is in it), or None."""
     found = glob.glob(os.path.join(CHECKOUT, ".cache", "codex", "0.169.0", "node_modules",

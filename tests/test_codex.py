@@ -13,7 +13,7 @@ import pytest
 
 import harness
 import replicas_engine
-from conftest import unavailable
+from conftest import real_codex
 from replicas_engine import (HTTPError, CodexFinder, Settings, TurnOptions, codex_arguments,
                              codex_environment, config_argument)
 
@@ -198,9 +198,7 @@ def test_a_shell_script_that_starts_codex_is_run_itself(find, tmp_path):
 
 @pytest.mark.parametrize("version", REAL_VERSIONS)
 def test_npms_own_install_of_the_real_codex(find, version):
-    installed = harness.codex_program(version)
-    if installed is None:
-        unavailable("Codex %s is not installed in .cache/codex" % version)
+    installed = real_codex(version)
     settings = Settings({"HOME": str(find.home), "CODEX_PATH": installed})
     finder = CodexFinder(settings)
     codex = finder.find()
@@ -274,14 +272,13 @@ def test_a_program_that_hangs_has_no_version_and_is_ended(version_of, monkeypatc
 
 def test_asking_for_versions_leaves_no_zombies_and_no_descriptors(version_of):
     def zombies():
-        return {pid for pid, entry in replicas_engine.processes()
-                if entry.parent == os.getpid() and entry.state == b"Z"}
+        return set(harness.zombies_of(os.getpid()))
 
     version_of("#!/bin/sh\necho 1.2.3\n")
-    descriptors, before = len(os.listdir("/proc/self/fd")), zombies()
+    descriptors, before = len(harness.descriptors_of()), zombies()
     for _ in range(5):
         version_of("#!/bin/sh\necho 1.2.3\n")
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(harness.descriptors_of()) == descriptors
     assert zombies() <= before              # those are orphans of other tests
 
 

@@ -337,7 +337,7 @@ def test_no_thread_stays_for_a_reader_that_left(engine, tmp_path):
     engine.start_turn(script(START, {"wait_for": str(gate)}, {"complete": True}))
 
     def threads():
-        return len(harness.os.listdir("/proc/%d/task" % engine.process.pid))
+        return harness.status_of(engine.process.pid, "Threads")
 
     idle = threads()
     for _ in range(10):

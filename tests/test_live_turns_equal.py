@@ -18,7 +18,7 @@ import pytest
 
 import harness
 import replicas_engine
-from conftest import unavailable
+from conftest import real_codex
 from replicas_engine import Codex, Settings, TurnOptions, codex_arguments, codex_environment
 from test_real_codex import QUIET, SCHEMA, data_url, images_of, png
 
@@ -66,9 +66,7 @@ class World:
     """A home for Codex and a model; a workspace for each turn, of which one is like the other."""
 
     def __init__(self, version):
-        program = harness.codex_program(version)
-        if program is None:
-            unavailable("Codex %s is not installed in .cache/codex" % version)
+        program = real_codex(version)
         self.version = version
         self.codex = replicas_engine.native_codex(os.path.realpath(program)) or Codex(program)
         self.folder = tempfile.mkdtemp(prefix="replicas-engine-test-", dir="/var/tmp")

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 import harness
+from conftest import need, real_codex
 
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PACKAGING = os.path.join(CHECKOUT, "packaging")
@@ -20,12 +21,6 @@ SHELL_SCRIPTS = ["build-deb", "cloud-init", "get-codex", "install", "replicas-en
 SETUP = "replicas-engine-setup"
 SECRET = "16-or-more-of-them"
 UNITS = ["replicas-engine.service", "replicas-engine.socket"]
-
-
-def need(tool):
-    """Skips the test where the tool is missing; fails it in CI, which has to install it."""
-    if not shutil.which(tool):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(tool + " is not installed")
 
 
 def run(*command, **options):
@@ -453,9 +448,7 @@ def test_try_without_codex_and_npm(checkout, tmp_path):
 
 def test_try_with_codex_and_without_a_key(checkout, tmp_path):
     need("curl")
-    codex = os.path.join(CHECKOUT, ".cache", "codex", "0.169.0", "node_modules", ".bin", "codex")
-    if not os.path.exists(codex):
-        need("the real Codex")
+    codex = real_codex("0.169.0")
     done = attempt(checkout, os.path.dirname(codex) + ":" + os.environ["PATH"], **PROXY)
     assert "tests/stand_in_model" in done.stdout, done.stdout + done.stderr
     check_try(checkout, done, **PROXY)

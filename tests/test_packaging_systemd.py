@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+import conftest
 import packaging_machine
 from packaging_machine import CHECKOUT, CLONE, SETTINGS, Machine
 
@@ -20,14 +21,9 @@ CLOUD_INIT = os.path.join(CHECKOUT, "packaging", "cloud-init")
 CLIENTS = os.path.join(CHECKOUT, "tests", "packaging_clients.py")
 
 
-def need(reason):
-    if reason:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-
-
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def possible():
-    need(packaging_machine.missing())
+    conftest.need("machines")
 
 
 @pytest.fixture
@@ -600,7 +596,8 @@ def with_codex():
     """A machine with the real Codex 0.169.0 and the stand-in model, on which turns are possible.
     The workspace is /home/ubuntu/work."""
     codex = packaging_machine.codex_0_169()
-    need(None if codex else "needs Codex 0.169.0 in .cache/codex")
+    if not codex:
+        conftest.unavailable("Codex 0.169.0 is not in .cache/codex: see tests/run")
     binds = [(codex, "/opt/codex"), (os.path.join(CHECKOUT, "tests"), "/opt/tests")]
     with Machine(binds=binds) as machine:
         os.symlink("/opt/codex/bin/codex", machine.path("/usr/local/bin/codex"))

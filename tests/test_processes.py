@@ -16,7 +16,7 @@ import pytest
 import conftest
 import harness
 import replicas_engine
-from harness import is_alive, script, wait_for
+from harness import command_of, is_alive, running, script, wait_for, zombies_of
 
 # Every process to be stopped is found by a number in its command line that no other has, and not
 # in the engine's way.
@@ -27,46 +27,9 @@ def unique():
     return "4000.%012d" % next(numbers)
 
 
-def running(number):
-    """The living processes that have the number in their command line."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open("/proc/%s/cmdline" % name, "rb") as file:
-                    words = file.read().split(b"\0")
-            except OSError:
-                continue
-            if any(number.encode() in word for word in words) and is_alive(int(name)):
-                found.append(int(name))
-    return found
-
-
 def sleepers(number):
     """Those among them that do the sleeping, and are not Codex's or a shell's command line."""
     return [pid for pid in running(number) if command_of(pid)[:1] == [b"sleep"]]
-
-
-def command_of(pid):
-    try:
-        with open("/proc/%d/cmdline" % pid, "rb") as file:
-            return file.read().split(b"\0")
-    except OSError:
-        return []
-
-
-def zombies_of(pid):
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open("/proc/%s/stat" % name, "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == pid and fields[0] == b"Z":
-                found.append(int(name))
-    return found
 
 
 # The real Codex
@@ -94,33 +57,10 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The stand-in model: a function that points a CODEX_HOME at it."""
-    process = subprocess.Popen([sys.executable, harness.STAND_IN_MODEL, "--exit-with-stdin"],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    url = process.stdout.readline().decode().strip()
-
-    def configure(codex_home):
-        with open(os.path.join(codex_home, "config.toml"), "w", encoding="utf-8") as file:
-            file.write('model_provider = "stand-in"\n[model_providers.stand-in]\n'
-                       'name = "Stand-in"\nbase_url = "%s"\nwire_api = "responses"\n'
-                       'requires_openai_auth = true\nrequest_max_retries = 1\n'
-                       'stream_max_retries = 1\n[features]\nplugins = false\n'
-                       '[analytics]\nenabled = false\n' % url)
-
-    yield configure
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
-
-
 @pytest.mark.parametrize("sandbox", ["danger-full-access", "workspace-write"])
 @pytest.mark.parametrize("version", ["0.169.0", "0.98.0", "0.50.0"])
 def test_the_real_codex_and_all_it_runs(make_engine, model, version, sandbox):
-    codex = harness.codex_program(version)
-    if codex is None:
-        conftest.unavailable("Codex %s is not installed: see tests/run" % version)
+    codex = conftest.real_codex(version)
     engine = make_engine(start=False, CODEX_PATH=codex, CODEX_API_KEY="a key")
     model(engine.codex_home)
     engine.start()

@@ -19,7 +19,7 @@ import pytest
 
 import harness
 import replicas_engine
-from conftest import unavailable
+from conftest import real_codex
 from harness import wait_for
 
 VERSIONS = harness.CODEX_VERSIONS
@@ -50,9 +50,7 @@ class RealCodex:
     """
 
     def __init__(self, version, provider=True, **env):
-        program = harness.codex_program(version)
-        if program is None:
-            unavailable("Codex %s is not installed in .cache/codex" % version)
+        program = real_codex(version)
         self.version = tuple(map(int, version.split(".")))
         self.folder = tempfile.mkdtemp(prefix="replicas-engine-test-", dir="/var/tmp")
         self.log_path = os.path.join(self.folder, "model.jsonl")

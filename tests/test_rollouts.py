@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import uuid
@@ -19,7 +18,8 @@ import uuid
 import pytest
 
 import replicas_engine
-from conftest import unavailable
+import harness
+from conftest import need
 from harness import SECRET, script, wait_for
 from replicas_engine import HistoryPage, JSONChecker, RolloutReader, Rollouts, json_line
 
@@ -59,35 +59,24 @@ def answer(lines, cursor, thread_id=THREAD, more=False):
 
 def compress(path):
     """Compress a rollout as Codex does: with the suffix .zst, and the plain one is gone."""
-    if not shutil.which("zstd"):
-        unavailable("the program zstd is not installed")
+    need("zstd")
     subprocess.run(["zstd", "-q", "--rm", path], check=True)
     return path + ".zst"
 
 
 def memory(engine):
     """The most memory that the engine ever had, in MB."""
-    with open("/proc/%d/status" % engine.process.pid) as file:
-        return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) / 1024
+    return harness.status_of(engine.process.pid, "VmHWM") / 1024
 
 
 def children(engine):
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open("/proc/%s/stat" % pid) as file:
-            if file.read().rpartition(")")[2].split()[1] == str(engine.process.pid):
-                found.append(pid)
-    return found
+    return harness.children_of(engine.process.pid)
 
 
 def open_rollouts(engine):
-    """The rollouts that the engine has open; only root may look (prctl(2), PR_SET_DUMPABLE)."""
-    folder, found = "/proc/%d/fd" % engine.process.pid, []
-    with contextlib.suppress(PermissionError):
-        for fd in os.listdir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                found.append(os.readlink(os.path.join(folder, fd)))
-    return [path for path in found if "rollout-" in path]
+    """The rollouts that the engine has open."""
+    return [path for path in harness.descriptors_of(engine.process.pid).values()
+            if "rollout-" in path]
 
 
 # What is JSON
@@ -324,7 +313,8 @@ def big_content():
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "zst"])
 @pytest.mark.parametrize("way", ["close", "shut down"])
-def test_a_client_that_stops_reading(engine, compressed, way):
+def test_a_client_that_stops_reading(make_engine, compressed, way):
+    engine = make_engine(constants=harness.OPEN_TO_VIEW)
     path = take_thread(engine, data=big_content())
     path = compress(path) if compressed else path
     connection, response = engine.open("GET", "/codex/history")
@@ -343,7 +333,8 @@ def test_a_client_that_stops_reading(engine, compressed, way):
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "zst"])
-def test_nothing_is_left_open(engine, compressed):
+def test_nothing_is_left_open(make_engine, compressed):
+    engine = make_engine(constants=harness.OPEN_TO_VIEW)
     path = take_thread(engine)
     if compressed:
         compress(path)
@@ -375,7 +366,7 @@ def test_a_compressed_rollout(engine):
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python reads it without the program")
 def test_without_the_program_zstd_the_error_says_what_to_install(make_engine):
-    engine = make_engine(PATH=os.path.dirname(sys.executable))
+    engine = make_engine(constants=harness.OPEN_TO_VIEW, PATH=os.path.dirname(sys.executable))
     path = compress(take_thread(engine))
     got = engine.get("/codex/history")
     assert got.status == 500
@@ -385,7 +376,8 @@ def test_without_the_program_zstd_the_error_says_what_to_install(make_engine):
 
 
 @pytest.mark.parametrize("damage", ["cut off", "not zstd"])
-def test_a_damaged_compressed_rollout_is_an_error(engine, damage):
+def test_a_damaged_compressed_rollout_is_an_error(make_engine, damage):
+    engine = make_engine(constants=harness.OPEN_TO_VIEW)
     source = random.Random(1)
     path = compress(take_thread(engine, data=b"".join(
         b'"%x"\n' % source.getrandbits(4000) for _ in range(1000))))
@@ -416,8 +408,7 @@ def test_the_program_zstd_does_not_get_the_secret(make_engine, tmp_path):
 
 def bomb(path, size=3 * 1024 ** 3):
     """A compressed rollout of one line that takes `size` bytes and is not JSON."""
-    if not shutil.which("zstd"):
-        unavailable("the program zstd is not installed")
+    need("zstd")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as file:
         zeros = subprocess.Popen(["head", "-c", str(size), "/dev/zero"], stdout=subprocess.PIPE)
@@ -429,7 +420,8 @@ def bomb(path, size=3 * 1024 ** 3):
 
 
 def test_a_rollout_that_unpacks_to_more_than_is_allowed(make_engine):
-    engine = make_engine(REPLICAS_ENGINE_MAX_HISTORY=str(64 * 1024 * 1024))
+    engine = make_engine(constants=harness.OPEN_TO_VIEW,
+                         REPLICAS_ENGINE_MAX_HISTORY=str(64 * 1024 * 1024))
     take_thread(engine, place=None)
     engine.get("/codex/history")
     before = memory(engine)
@@ -478,17 +470,14 @@ def test_a_line_that_is_nested_or_crowded_costs_no_memory(engine, line):
 
 def small_disk(request, engine):
     """CODEX_HOME on a file system of 2 MB."""
-    if os.getuid():
-        unavailable("a small tmpfs can't be mounted: that takes root")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", engine.codex_home],
-                             stderr=subprocess.PIPE)
-    if mounted.returncode:
-        unavailable("a small tmpfs can't be mounted: %s" % mounted.stderr.decode())
+    need("tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", engine.codex_home],
+                   check=True)
     request.addfinalizer(lambda: subprocess.run(["umount", "-l", engine.codex_home]))
 
 
 def test_a_disk_that_fills_while_it_is_unpacked(request, make_engine):
-    engine = make_engine(start=False)
+    engine = make_engine(constants=harness.OPEN_TO_VIEW, start=False)
     small_disk(request, engine)
     engine.start()
     take_thread(engine, place=None)

@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from harness import is_alive, wait_for
 
 HERE = Path(__file__).resolve().parent
 STAND_IN = HERE / "stand_in_codex"
@@ -63,20 +64,6 @@ def shape(value):
 
 def recorded(name, ending):
     return (RUNS / (name + ending)).read_bytes()
-
-
-def gone(pid):
-    try:
-        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
-
-
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -211,7 +198,7 @@ def test_sigint(codex, version, status):
         {"thread": "new"}, {"on_sigint_print": {"type": "x"}}, {"touch": ready},
         {"wait_for": str(codex.home / "never")}]}).encode())
     process.stdin.close()
-    wait_until(lambda: os.path.exists(ready))
+    wait_for(lambda: os.path.exists(ready))
     process.send_signal(signal.SIGINT)
     assert process.stdout.read().endswith(b'\n{"type":"x"}\n') and process.wait(30) == status
     assert events(codex.rollouts()[0].read_bytes())[-1]["payload"]["type"] == "turn_aborted"
@@ -244,11 +231,11 @@ def test_children(codex):
         assert Path("/proc/%d/environ" % bare).read_bytes() == b""
         os.kill(plain, signal.SIGTERM)
         os.kill(bare, signal.SIGTERM)
-        wait_until(lambda: gone(plain))
-        assert not gone(bare)
+        wait_for(lambda: not is_alive(plain))
+        assert is_alive(bare)
     finally:
         for pid in (plain, orphan, bare):
-            if not gone(pid):
+            if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
     run = codex.steps({"spawn": {"argv": ["/no/such/program"]}})
     assert run.returncode == 98 and b"FileNotFoundError" in run.err
@@ -258,10 +245,10 @@ def test_a_chain_of_forks_ends_by_itself(codex):
     pidfile = codex.home / "pids"
     codex.steps({"spawn_forks": {"n": 20, "seconds": 0.5, "pidfile": str(pidfile)}},
                 {"sleep": 0.1})
-    wait_until(lambda: len(pidfile.read_text().split()) > 5)
-    time.sleep(1)
+    wait_for(lambda: len(pidfile.read_text().split()) > 5)
+    wait_for(lambda: not any(is_alive(int(pid)) for pid in pidfile.read_text().split()))
     pids = pidfile.read_text().split()
-    assert len(set(pids)) == len(pids) <= 20 and all(gone(int(pid)) for pid in pids)
+    assert len(set(pids)) == len(pids) <= 20
 
 
 # As an app-server

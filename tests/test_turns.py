@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 
@@ -14,8 +13,8 @@ import pytest
 
 import conftest
 import harness
+import replicas_engine
 from harness import check_stream, is_alive, read_events, script, wait_for
-from test_processes import model, zombies_of  # noqa: F401 (the fixture)
 
 BEGIN = {"thread": "resume"}
 HANG = {"sleep": 120}
@@ -233,10 +232,8 @@ def test_a_lost_thread(make_engine, version):
 @pytest.mark.parametrize("version, rollout", [
     ("0.169.0", None), ("0.169.0", b""), ("0.169.0", b"{}\n"), ("0.98.0", b""), ("0.98.0", b"{}\n"),
     ("0.50.0", b""), ("0.50.0", b"{}\n")])
-def test_a_lost_thread_of_the_real_codex(make_engine, model, version, rollout):  # noqa: F811
-    codex = harness.codex_program(version)
-    if codex is None:
-        conftest.unavailable("Codex %s is not installed: see tests/run" % version)
+def test_a_lost_thread_of_the_real_codex(make_engine, model, version, rollout):
+    codex = conftest.real_codex(version)
     engine = make_engine(start=False, CODEX_PATH=codex, CODEX_API_KEY="a key")
     model(engine.codex_home)
     engine.start()
@@ -322,10 +319,10 @@ def test_a_failed_turn_is_one_warning(engine):
     assert wait_for(lambda: " info turn 2 ended: interrupted" in engine.log())
 
 
-def test_a_pause_of_the_machine_is_no_stall(constants, tmp_path):
+def test_a_pause_of_the_machine_is_no_stall(make_engine, tmp_path):
     """As when a VM is frozen: the engine and Codex stand still, and the clock goes on."""
-    engine = constants(env={"REPLICAS_ENGINE_IDLE_TIMEOUT": "3",
-                            "REPLICAS_ENGINE_TURN_TIMEOUT": "30"}, LOOK_INTERVAL=0.2, PAUSE=1.0)
+    engine = make_engine(constants={"LOOK_INTERVAL": 0.2, "PAUSE": 1.0},
+                         REPLICAS_ENGINE_IDLE_TIMEOUT="3", REPLICAS_ENGINE_TURN_TIMEOUT="30")
     go_on = str(tmp_path / "go-on")
     turn = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"complete": True}))
     wait_for(lambda: engine.status()["thread_id"])
@@ -358,8 +355,8 @@ def test_a_turn_that_takes_too_long(make_engine):
     [{"sleep": 120}], [{"ignore": ["SIGINT", "SIGTERM"]}, {"sleep": 120}],
     [{"close_stdout": True}, {"sleep": 120}],
     [{"spawn": {"argv": ["sleep", "0.1"]}}, {"sleep": 120}]])
-def test_codex_that_does_not_exit(constants, steps):
-    engine = constants(EXIT_PATIENCE=0.5)
+def test_codex_that_does_not_exit(make_engine, steps):
+    engine = make_engine(constants={"EXIT_PATIENCE": 0.5})
     events = engine.send(script(BEGIN, {"complete": True}, *steps))
     assert [event.type for event in events] == ["thread.started", "turn.completed", "done"]
     assert not is_alive(engine.calls()[-1]["pid"])
@@ -385,34 +382,10 @@ def test_a_process_that_holds_codexs_stdout(engine):
 
 # Kept turns
 
-DRIVER = """\
-import sys
-sys.path.insert(0, %(root)r)
-import replicas_engine
-for pair in sys.argv[1:]:
-    name, _, value = pair.partition("=")
-    assert hasattr(replicas_engine, name)
-    setattr(replicas_engine, name, float(value))
-sys.exit(replicas_engine.main([]))
-"""
-
-
 @pytest.fixture
-def constants(make_engine, tmp_path):
-    """Start an engine with other values for some of the module's constants."""
-    def make(env=None, **values):
-        driver = tmp_path / "driver.py"
-        driver.write_text(DRIVER % {"root": harness.ROOT})
-        engine = make_engine(start=False, **(env or {}))
-        engine.program = [sys.executable, "-W", "error", str(driver)] + [
-            "%s=%r" % pair for pair in values.items()]
-        return engine.start()
-    return make
-
-
-@pytest.fixture
-def few_turns(constants):
-    return lambda turns=10 ** 6, size=10 ** 12: constants(MAX_KEPT_TURNS=turns, MAX_KEPT_BYTES=size)
+def few_turns(make_engine):
+    return lambda turns=10 ** 6, size=10 ** 12: make_engine(
+        constants={"MAX_KEPT_TURNS": turns, "MAX_KEPT_BYTES": size})
 
 
 def kept(engine):
@@ -420,7 +393,6 @@ def kept(engine):
 
 
 def test_the_constants():
-    import replicas_engine
     assert replicas_engine.MAX_KEPT_TURNS == 100
     assert replicas_engine.MAX_KEPT_BYTES == 256 * 1024 * 1024
 
@@ -458,12 +430,12 @@ def test_kept_turns_by_size(few_turns):
     wait_for(lambda: kept(engine) == [7])
 
 
-def test_kept_turns_at_the_start(make_engine, constants):
+def test_kept_turns_at_the_start(make_engine):
     engine = make_engine()
     for _ in range(6):
         engine.send("Hello")
     engine.stop()
-    engine = constants(MAX_KEPT_TURNS=2)
+    engine = make_engine(constants={"MAX_KEPT_TURNS": 2})
     wait_for(lambda: kept(engine) == [5, 6])
 
 
@@ -487,11 +459,9 @@ def test_the_reader_of_a_turn_that_is_no_longer_kept(few_turns):
 
 def resources(engine):
     """Threads, descriptors, zombies and KiB of memory of the engine."""
-    base = "/proc/%d/" % engine.process.pid
-    with open(base + "status", encoding="ascii") as file:
-        status = dict(line.split(":\t", 1) for line in file if ":\t" in line)
-    return (int(status["Threads"]), len(os.listdir(base + "fd")),
-            len(zombies_of(engine.process.pid)), int(status["RssAnon"].split()[0]))
+    pid = engine.process.pid
+    return (harness.status_of(pid, "Threads"), len(harness.descriptors_of(pid)),
+            len(harness.zombies_of(pid)), harness.status_of(pid, "RssAnon"))
 
 
 def settled(engine, threads, descriptors):
@@ -502,7 +472,8 @@ def settled(engine, threads, descriptors):
     return wait_for(look, "threads and descriptors to go")[3]
 
 
-def test_turns_that_cannot_start_leave_nothing(engine, tmp_path):
+def test_turns_that_cannot_start_leave_nothing(make_engine, tmp_path):
+    engine = make_engine(constants=harness.OPEN_TO_VIEW)
     engine.send("Hello")
     os.rename(engine.state, engine.state + ".away")
     os.mkdir(engine.state)
@@ -524,7 +495,8 @@ def stream_head(engine, turn):
             % (turn, harness.SECRET)).encode()
 
 
-def test_a_thousand_clients_come_and_go(engine, tmp_path):
+def test_a_thousand_clients_come_and_go(make_engine, tmp_path):
+    engine = make_engine(constants=harness.OPEN_TO_VIEW)
     go_on = str(tmp_path / "go-on")
     turn = engine.start_turn(script(BEGIN, {"count": {"n": 50}}, {"wait_for": go_on},
                                     {"complete": True}))
@@ -545,7 +517,8 @@ def test_a_thousand_clients_come_and_go(engine, tmp_path):
     check_stream(engine.events(turn))
 
 
-def test_a_hundred_clients_and_one_that_is_dead(engine, tmp_path):
+def test_a_hundred_clients_and_one_that_is_dead(make_engine, tmp_path):
+    engine = make_engine(constants=harness.OPEN_TO_VIEW)
     go_on = str(tmp_path / "go-on")
     engine.send("Hello")
     wait_for(lambda: resources(engine)[0] <= 3)
@@ -584,7 +557,7 @@ def test_many_turns_in_a_row(make_engine, tmp_path):
     codex = tmp_path / "codex"
     codex.write_text(SMALL_CODEX)
     codex.chmod(0o755)
-    engine = make_engine(CODEX_PATH=str(codex))
+    engine = make_engine(constants=harness.OPEN_TO_VIEW, CODEX_PATH=str(codex))
     count = int(os.environ.get("REPLICAS_TEST_TURNS", 200))
     connection = engine.connect()
 

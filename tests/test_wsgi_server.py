@@ -189,7 +189,7 @@ class Served:
 @pytest.fixture
 def serve(monkeypatch):
     """Serve an application in this process; at the end no thread and no descriptor is left."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(harness.descriptors_of())
     served = []
 
     def start(app, max_connections=50, always=(), valid=True, **constants):
@@ -210,26 +210,13 @@ def serve(monkeypatch):
             server.shut_down(harness.PATIENCE)
         thread.join()
     wait_for(lambda: not connection_threads(), "the connections' threads to end")
-    wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors to be closed")
-
-
-def start_with(tmp_path, make_engine, constants, **env):
-    """A real engine with other constants."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        "import sys\nsys.path.insert(0, %r)\nimport replicas_engine\n%s\n"
-        "sys.exit(replicas_engine.main(sys.argv[1:]))\n" % (harness.ROOT, "\n".join(
-            "assert hasattr(replicas_engine, %r)\nreplicas_engine.%s = %r" % (name, name, value)
-            for name, value in constants.items())))
-    engine = make_engine(start=False, **env)
-    engine.program = [sys.executable, "-W", "error", str(driver)]
-    return engine.start()
+    wait_for(lambda: len(harness.descriptors_of()) <= before, "descriptors to be closed")
 
 
 def resources(engine):
     """How many threads and descriptors the engine has."""
-    return tuple(len(os.listdir("/proc/%d/%s" % (engine.process.pid, what)))
-                 for what in ("task", "fd"))
+    pid = engine.process.pid
+    return harness.status_of(pid, "Threads"), len(harness.descriptors_of(pid))
 
 
 def hold_turn(engine, tmp_path, *steps):
@@ -957,7 +944,7 @@ def test_client_that_leaves_is_noticed_while_nothing_is_sent(serve, leave):
 
 @pytest.mark.parametrize("leave", (Client.close, Client.reset))
 def test_client_that_leaves_a_stream(make_engine, tmp_path, leave):
-    engine = start_with(tmp_path, make_engine, {"KEEP_ALIVE_INTERVAL": 3600.0})
+    engine = make_engine(constants=dict(harness.OPEN_TO_VIEW, KEEP_ALIVE_INTERVAL=3600.0))
     gate = hold_turn(engine, tmp_path)
     engine.get("/ping")
     wait_for(lambda: "GET /ping" in engine.log())
@@ -976,7 +963,7 @@ def test_client_that_leaves_a_stream(make_engine, tmp_path, leave):
 
 
 def test_a_thousand_connects_and_disconnects(make_engine, tmp_path):
-    engine = make_engine(REPLICAS_ENGINE_MAX_CONNECTIONS="1000")
+    engine = make_engine(constants=harness.OPEN_TO_VIEW, REPLICAS_ENGINE_MAX_CONNECTIONS="1000")
     gate = hold_turn(engine, tmp_path)
     wait_for(lambda: engine.status()["turn"]["last_event_id"])
     before = resources(engine)
@@ -1082,9 +1069,8 @@ class Crowd:
 
 def test_hostile_crowd(make_engine, tmp_path):
     """600 at once: all are gone after the deadlines, and nobody else noticed them."""
-    engine = start_with(tmp_path, make_engine,
-                        {"HEAD_TIMEOUT": 3.0, "IDLE_TIMEOUT": 3.0, "SEND_TIMEOUT": 3.0},
-                        REPLICAS_ENGINE_MAX_CONNECTIONS="620")
+    engine = make_engine(constants=dict(harness.OPEN_TO_VIEW, HEAD_TIMEOUT=3.0, IDLE_TIMEOUT=3.0,
+                                        SEND_TIMEOUT=3.0), REPLICAS_ENGINE_MAX_CONNECTIONS="620")
     engine.send(harness.script({"thread": "new"}, *[{"big": {"size": 10 ** 6}}] * 12,
                                {"complete": True}))
     gate = hold_turn(engine, tmp_path, {"count": {"n": 100, "size": 200, "pause": 0.05}})
@@ -1132,8 +1118,7 @@ def test_port_that_is_taken(serve):
 @pytest.fixture
 def nobodys_folder():
     """A folder of the user nobody."""
-    if os.getuid() != 0:
-        conftest.unavailable("only root can be somebody else")
+    conftest.need("root")
     folder = tempfile.mkdtemp()
     os.chown(folder, pwd.getpwnam("nobody").pw_uid, -1)
     yield folder

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import tempfile
 import threading
 import time
 
-from harness import SECRET, Engine, script
+from harness import SECRET, Engine, script, status_of
 
 MB = 1024 * 1024
 HEADERS = {"X-Replicas-Engine-Secret": SECRET}
@@ -63,10 +62,9 @@ def write_rollout(path, size, long_line=3 * MB):
             file.write(random.choice(samples))
 
 
-def memory(engine, field="VmHWM"):
-    """A process's memory in MB: the most it ever was (VmHWM), or what it is now (VmRSS)."""
-    with open("/proc/%d/status" % engine.process.pid) as file:
-        return int(re.search(field + r":\s+(\d+)", file.read()).group(1)) / 1024
+def memory(engine):
+    """The most memory that the engine ever had, in MB."""
+    return status_of(engine.process.pid, "VmHWM") / 1024
 
 
 def read_history(engine, query=""):

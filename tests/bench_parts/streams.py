@@ -114,8 +114,7 @@ class Bench:
 
 
 def resident(pid):
-    with open("/proc/%d/status" % pid, encoding="ascii") as file:
-        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1)) / 1024
+    return harness.status_of(pid, "VmRSS") / 1024
 
 
 def latency(bench):
