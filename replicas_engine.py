@@ -100,6 +100,7 @@ BLOCK_SIZE = 64 * 1024                     # bytes of a rollout that are read at
 
 @functools.lru_cache(maxsize=8)             # without it: 10 % fewer requests at 16 connections
 def timestamp_of(milliseconds):
+    """ISO 8601 for milliseconds since 1970."""
     return "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000)),
                          milliseconds % 1000)
 
@@ -403,6 +404,7 @@ class StderrHandler(logging.Handler):
         self.emit(record)                   # without logging's lock: the queue is one
 
     def emit(self, record):
+        """What logging calls with a record, from any thread."""
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
@@ -416,6 +418,7 @@ class StderrHandler(logging.Handler):
             self.dropped += 1
 
     def _line(self, level, text):
+        """The bytes of a line, or of several where the text has line ends."""
         prefix = SYSLOG_PRIORITIES[level] if self.journal else "%s %s " % (
             timestamp(), logging.getLevelName(level).lower())
         if "\n" in text or "\r" in text:
@@ -423,6 +426,7 @@ class StderrHandler(logging.Handler):
         return (prefix + text).encode("utf-8", "backslashreplace")[:MAX_LINE] + b"\n"
 
     def _write_lines(self):
+        """The log thread: it alone writes, so that nobody else waits for standard error."""
         while True:
             waiting = [self.waiting.get() for _ in range(max(1, self.waiting.qsize()))]
             self._write([line for line in waiting if isinstance(line, bytes)])
@@ -498,6 +502,7 @@ def _shown(value):
 
 
 def _home_of_user():
+    """The home that the user database has for this process's user."""
     try:
         return pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
@@ -663,6 +668,7 @@ class Settings:
         return "sudo replicas-engine-setup" + options if self.is_service else by_hand
 
     def _secret(self):
+        """The secret as bytes, as it comes in a header, or None."""
         secret = os.fsencode(self.env.get("REPLICAS_ENGINE_SECRET", "")).strip()
         if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", secret):
             raise SettingsError("REPLICAS_ENGINE_SECRET has a control character in it, "
@@ -670,6 +676,7 @@ class Settings:
         return secret or None
 
     def _number(self, name, default, least=0, most=2 ** 53):
+        """A whole number within bounds."""
         text = self.env.get(name, str(default)).strip()
         if not re.fullmatch(r"[0-9]{1,16}", text) or not least <= int(text) <= most:
             raise SettingsError("%s=%s is not a whole number from %d to %d"
@@ -677,18 +684,21 @@ class Settings:
         return int(text)
 
     def _seconds(self, name, default):
+        """A number of seconds, perhaps with a fraction."""
         text = self.env.get(name, str(default)).strip()
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
             raise SettingsError("%s=%s is not a number of seconds" % (name, _shown(text)))
         return float(text)
 
     def _path(self, name, default):
+        """An absolute path; ~ is the home's."""
         path = self.env.get(name, default)
         if path == "~" or path.startswith("~/"):
             path = self.home + path[1:]
         return os.path.abspath(path)
 
     def _sandbox(self):
+        """One of Codex's sandbox modes, or None: leave it to Codex's own configuration."""
         sandbox = self.env.get("REPLICAS_ENGINE_SANDBOX", "workspace-write")
         if sandbox not in SANDBOX_MODES + ("config",):
             raise SettingsError("REPLICAS_ENGINE_SANDBOX=%s is none of %s, config"
@@ -696,6 +706,7 @@ class Settings:
         return None if sandbox == "config" else sandbox
 
     def _model(self):
+        """The model, or None: Codex has one of its own."""
         model = self.env.get("REPLICAS_ENGINE_MODEL")
         problem = model and not_a_name(model)
         if problem:
@@ -703,6 +714,7 @@ class Settings:
         return model
 
     def _default_state(self):
+        """Where state goes by itself: systemd's directory, else the user's."""
         systemd = self.env.get("STATE_DIRECTORY", "").split(":")[0]
         base = self.env.get("XDG_STATE_HOME", "")
         if not os.path.isabs(base):    # the XDG Base Directory Specification: ignore a relative one
@@ -715,6 +727,7 @@ class Settings:
 # ---------------------------------------------------------------------------------------------
 
 def reason_phrase(status):
+    """What the status line says beside the code; for people alone (RFC 9112, 4)."""
     try:
         return HTTPStatus(status).phrase
     except ValueError:
@@ -739,6 +752,7 @@ class Response:
 
 
 def json_response(value, status=200, headers=()):
+    """A Response that is `value` as JSON."""
     body = json_bytes(value)
     return Response([body], status, [("Content-Type", "application/json"),
                                      ("Content-Length", str(len(body))), *headers])
@@ -757,6 +771,7 @@ class HTTPError(Exception):
         self.body.update(keys)
 
     def response(self):
+        """The answer that it is."""
         return json_response(self.body, self.status, self.headers)
 
 
@@ -1087,6 +1102,7 @@ class TurnLog:
         return turn_log
 
     def _find_thread(self, events):
+        """Learn the thread from the first of these events."""
         self.thread_id = _thread_started(events.partition(b"\n\n")[0]) or self.thread_id
 
     # For the writer, one thread
@@ -1177,6 +1193,7 @@ class TurnLog:
             os.unlink(self.path)
 
     def _encode(self, events):
+        """The bytes of events, numbered from the next one on."""
         return b"".join([
             EVENT % (self.turn_id, number, kind,
                      data.replace(b"\r", b"\ndata: ") if b"\r" in data else data)
@@ -1205,6 +1222,7 @@ class TurnLog:
                     raise
 
     def _publish(self, size, count, finished=False):
+        """Let readers see so many bytes and events more."""
         with self.changed:
             self.size += size
             self.last += count
@@ -1286,6 +1304,8 @@ CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether t
 
 
 def _event_id(name, text):
+    """(turn, number) of an event's id such as 7.4.  Raises HTTPError 400 that names the
+    parameter."""
     match = re.fullmatch(r"([1-9][0-9]{0,14})\.([0-9]{1,15})", text)
     if not match:
         raise bad_parameter(name, "must be the id of an event, such as 7.4")
@@ -1315,6 +1335,7 @@ class EventStream:
         return self
 
     def __next__(self):
+        """Events, or a comment, or b"" after a while without either."""
         data = self._read()
         if data is None:
             self.log.wait(self.offset, CLIENT_CHECK_INTERVAL)
@@ -1963,6 +1984,7 @@ class RolloutReader:
                 begin += len(line) + 1
 
     def _is_json(self, begin, end):
+        """Whether a line that is longer than a block is JSON."""
         checker = JSONChecker()
         try:
             for block in self._blocks(begin, end):
@@ -2006,6 +2028,7 @@ class Rollouts:
             return (found_id == thread_id and existing_rollout(plain)) or self._search(thread_id)
 
     def _search(self, thread_id):
+        """Look for the thread's file wherever Codex may have put it."""
         name = re.compile(r"(rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl)(?:\.zst)?"
                           % re.escape(thread_id))
         for folder in self._folders(thread_id):
@@ -2046,6 +2069,7 @@ class HistoryPage:
         return self.coding(joined(self._pieces()))
 
     def _pieces(self):
+        """The answer in small pieces: the head, the lines and commas, the cursor."""
         yield b'{"thread_id":%b,"events":[' % json_bytes(self.thread_id)
         end = {"cursor": "%s.%d" % (self.thread_id, self.reader.end)}
         lines = self.reader.json_lines(self.begin, self.reader.end)
@@ -2063,6 +2087,7 @@ class HistoryPage:
 
 
 def cursor_is_gone(why):
+    """The error for a cursor that the history can't go on from."""
     return HTTPError(410, "Cursor is gone", "after %s: read the history from its beginning" % why)
 
 
@@ -2079,6 +2104,7 @@ class HistoryQuery:
 
     @staticmethod
     def _offset(cursor, thread_id):
+        """The place that a cursor names."""
         match = re.fullmatch(r"([0-9A-Za-z_-]{1,128})\.([0-9]{1,15})", cursor)
         if not match:
             raise bad_parameter("after", "must be a cursor that GET /codex/history gave")
@@ -2180,6 +2206,7 @@ class Codex:
 
 
 def is_program(path):
+    """Whether there is an executable file."""
     return os.path.isfile(path) and os.access(path, os.X_OK)
 
 
@@ -2270,6 +2297,7 @@ class CodexFinder:
         return native_codex(os.path.realpath(program)) or Codex(os.path.abspath(program))
 
     def _global_places(self):
+        """Where npm and its like put a program that is installed for everybody."""
         for folder in GLOBAL_PLACES:
             yield os.path.join(self._expand(folder), "codex")
         for folder in map(self._expand, NODE_VERSIONS):
@@ -2278,6 +2306,7 @@ class CodexFinder:
                 yield os.path.join(folder, version, "installation", "bin", "codex")
 
     def _expand(self, folder):
+        """A path with the home of the engine's user in place of ~."""
         return self.settings.home + folder[1:] if folder.startswith("~") else folder
 
     def version(self, codex):
@@ -2293,6 +2322,7 @@ class CodexFinder:
             return None
 
     def _ask_version(self, codex):
+        """Run `codex --version`: what it says, or None."""
         child = start_process([codex.program, "--version"], stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               env=codex_environment(self.settings, codex, "engine"))
@@ -2344,6 +2374,7 @@ def _write_turn_file(word, folder):
 
 
 def _name(value, settings):
+    """The name of a model, as it is."""
     if not isinstance(value, str):
         raise ValueError("must be a string")
     problem = not_a_name(value)
@@ -2353,6 +2384,7 @@ def _name(value, settings):
 
 
 def _one_of(*values):
+    """A check that lets only those words through."""
     def accept(value, settings):
         if value not in values or not isinstance(value, str):
             raise ValueError("must be one of %s" % ", ".join(values))
@@ -2361,12 +2393,14 @@ def _one_of(*values):
 
 
 def _boolean(value, settings):
+    """true or false, as it is."""
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
 
 
 def _schema(value, settings):
+    """A JSON Schema, which Codex takes as a file."""
     if not isinstance(value, dict):
         raise ValueError("must be an object: a JSON Schema")
     try:
@@ -2377,6 +2411,7 @@ def _schema(value, settings):
 
 
 def _image_of_url(url, settings):
+    """The bytes in a data: URL (RFC 2397)."""
     head, comma, data = url.partition(",")
     if not comma or not re.fullmatch(r"data:image/[a-z0-9.+-]+;base64", head, re.IGNORECASE):
         raise ValueError("must begin with data:image/<type>;base64,")
@@ -2388,6 +2423,7 @@ def _image_of_url(url, settings):
 
 
 def _image_of_path(path, settings):
+    """The bytes of a file in the workspace; a link must not lead out of it."""
     if "\0" in path or not 1 <= len(path) <= 4096:      # PATH_MAX, <linux/limits.h>
         raise ValueError("is not a path")
     workspace = os.path.realpath(settings.workspace)
@@ -2417,6 +2453,7 @@ def _image(image, settings):
 
 
 def _images(value, settings):
+    """The images as files: Codex takes no URL, and would take a path anywhere on the machine."""
     if not isinstance(value, list) or not all(isinstance(image, str) for image in value):
         raise ValueError("must be a list of paths and data: URLs")
     if len(value) > MAX_IMAGES:
@@ -2437,6 +2474,7 @@ def _images(value, settings):
 
 
 def _web_search(value):
+    """Web search on or off, in words that every version understands."""
     # 0.50 knows tools.web_search; newer versions know web_search, and pass over the other one.
     return (config_argument("tools.web_search", value)
             + config_argument("web_search", "live" if value else "disabled"))
@@ -2544,14 +2582,17 @@ class Alarm:
         self._lock = threading.Lock()       # it is rung or closed, by one thread at a time
 
     def ring(self):
+        """Wake the thread; nothing if the alarm is closed."""
         with self._lock, contextlib.suppress(BlockingIOError):
             if self._into is not None:      # else it is closed
                 os.write(self._into, b"!")
 
     def clear(self):
+        """For the thread that was woken: be ready to be rung again."""
         return os.read(self.fd, 4096)
 
     def close(self):
+        """Give the pipe up."""
         with self._lock:
             os.close(self.fd)
             os.close(self._into)
@@ -2559,6 +2600,7 @@ class Alarm:
 
 
 def _signal_name(number):
+    """SIGKILL for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -2598,6 +2640,7 @@ class CodexRun:
             raise
 
     def _wire(self):
+        """Have the pipes and the exit told to the turn's thread."""
         for stream in self.streams:
             os.set_blocking(stream.fileno(), False)
         self._selector.register(self.alarm.fd, selectors.EVENT_READ, self.alarm.clear)
@@ -2608,6 +2651,7 @@ class CodexRun:
                          daemon=True).start()
 
     def _await_exit(self):
+        """A thread that waits for the exit, since no file descriptor tells it before Python 3.9."""
         self.child.wait()
         self.exited.set()
         self.alarm.ring()
@@ -2632,10 +2676,12 @@ class CodexRun:
         return True
 
     def take_events(self):
+        """What has come since the last call: (type, data, value) each."""
         events, self.events = self.events, []
         return events
 
     def _write_input(self):
+        """Write as much as the pipe takes; False when there is nothing more to write."""
         try:
             written = os.write(self.child.stdin.fileno(), self._input[:READ_SIZE])
         except BlockingIOError:
@@ -2646,6 +2692,7 @@ class CodexRun:
         return len(self._input) > 0
 
     def _read_stderr(self):
+        """Keep the end of what Codex complains of: an unread pipe would block it."""
         try:
             data = os.read(self.child.stderr.fileno(), READ_SIZE)
         except BlockingIOError:
@@ -2654,6 +2701,7 @@ class CodexRun:
         return bool(data)
 
     def _read_stdout(self):
+        """Take whole lines; False at the end of the stream."""
         try:
             data = os.read(self.child.stdout.fileno(), READ_SIZE)
         except BlockingIOError:
@@ -2670,6 +2718,7 @@ class CodexRun:
         return bool(data)
 
     def _take_line(self, line):
+        """Let the driver say which events a line is."""
         too_long, self._too_long = self._too_long or len(line) > MAX_EVENT, False
         try:
             if too_long:
@@ -2697,6 +2746,7 @@ class CodexRun:
         self._line = bytearray()
 
     def how_it_ended(self):
+        """In words for a turn's failure."""
         status = self.child.returncode
         if status is None:
             return "could not be stopped"
@@ -2804,6 +2854,7 @@ class Turn:
     # Its own thread, in the order in which things happen
 
     def _main(self):
+        """The turn's thread, from its start to its end."""
         try:
             self._start()
         except Exception as error:          # whatever it is, nobody may wait for this turn for ever
@@ -2861,6 +2912,7 @@ class Turn:
         self.progress_at = time.monotonic()
 
     def _not_started(self, error):
+        """Nothing was begun: clean up, and let whoever waits know why."""
         self.problem = HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
             "The turn can't be started", str(error))
         if self.run:
@@ -2895,6 +2947,7 @@ class Turn:
         self._publish(self.run.take_events())
 
     def _hold_back(self, holding):
+        """While the disk takes nothing, Codex waits; what doesn't pass by itself ends the turn."""
         if self.run.hold_back(holding) and not holding:
             self.progress_at = time.monotonic()       # we kept it waiting, and not it us
         if holding and self.log.error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -2915,6 +2968,7 @@ class Turn:
         self.alarm.ring()
 
     def _stop_all(self, processes_to_stop):
+        """Stop processes: what of them is left."""
         try:
             return processes_to_stop.stop()
         except Exception as error:          # it can't look: what it doesn't see may be there
@@ -2942,6 +2996,7 @@ class Turn:
         return min(waits + [deadline - now for deadline, _ in deadlines])
 
     def _too_late(self, code):
+        """A deadline has passed; the code says which, None that of Codex's exit."""
         if code is None:                    # the turn has ended by itself: what it left may stay
             logger.warning("turn %d: Codex doesn't exit and is killed", self.id)
             self.run.processes.kill_codex()
@@ -2957,6 +3012,7 @@ class Turn:
             self.log.append(wanted)
 
     def _learn(self, kind, event):
+        """Learn from an event; false if it is not for the clients."""
         if self.terminal:
             self.run.skip("it came after the turn's end")
             return False
@@ -2966,27 +3022,32 @@ class Turn:
         return learn is None or learn(self, event)
 
     def _complained(self, event):
+        """`error`: mostly that Codex tries again, and not the end."""
         self.complaint = message_of(event)
         return True
 
     def _thread_started(self, event):
+        """`thread.started`: the log reads the id from it."""
         if thread_id_of(event) is None:
             logger.warning("turn %d: a malformed thread id", self.id)
         return True
 
     def _item_started(self, event):
+        """`item.started`: while a command runs, Codex may be silent for long."""
         item = event.get("item")
         if isinstance(item, dict) and item.get("type") != "todo_list":  # which is no work itself
             self.items.add(str(item.get("id")))
         return True
 
     def _item_completed(self, event):
+        """`item.completed`: one thing less to wait for."""
         item = event.get("item")
         if isinstance(item, dict):
             self.items.discard(str(item.get("id")))
         return True
 
     def _turn_ended(self, event):
+        """`turn.completed` or `turn.failed`: the last event that counts."""
         if event["type"] == "turn.failed" and self.stop_code:
             return False                    # we stop it and say why ourselves
         self.terminal = event["type"]
@@ -3002,6 +3063,7 @@ class Turn:
     # Its end
 
     def _is_thread_unknown(self):
+        """Whether Codex said nothing but that it doesn't know the thread."""
         return (self.thread_id and not self.log.last and not self.stop_code
                 and self.run.child.returncode and UNKNOWN_THREAD.search(self.run.stderr))
 
@@ -3026,6 +3088,7 @@ class Turn:
                 self.run.exited.wait()      # no other turn starts while a Codex of this one lives
 
     def _release_unless_codex_lives(self):
+        """Let the next turn start, if this one's Codex is gone."""
         if self.run.exited.is_set():
             self.runner.release(self)
 
@@ -3068,6 +3131,7 @@ class Turn:
                 os.rmdir(path)
 
     def _be_over(self):
+        """Tell whoever waits for the end, and let the stopper go."""
         if not self.over.is_set():
             self._orders.put(None)          # its stopper may go
             self.alarm.close()
@@ -3124,12 +3188,15 @@ class StateDirectory:
                 shutil.rmtree(os.path.join(self.turns, name), ignore_errors=True)
 
     def close(self):
+        """Let another engine have the directory."""
         self._lock_file.close()
 
     def turn_path(self, turn_id):
+        """Where a turn's log is."""
         return os.path.join(self.turns, "%d.log" % turn_id)
 
     def files_folder(self, turn_id):
+        """Where the files are that Codex takes for a turn."""
         return os.path.join(self.turns, "%d.files" % turn_id)
 
     def _entries(self, *kinds):
@@ -3176,6 +3243,7 @@ class StateDirectory:
         return 0, None
 
     def _take_over_thread(self, newest):
+        """Put the thread of 0.2.0 behind the newest turn, once."""
         path = os.path.join(self.path, "thread.json")
         try:
             with open_regular(path) as file:
@@ -3215,6 +3283,7 @@ class StateDirectory:
 # ---------------------------------------------------------------------------------------------
 
 def _check_stopped(turn):
+    """Raise HTTPError 500 that names what of the turn could not be stopped."""
     if turn and turn.left:
         raise HTTPError(500, "Not everything of the turn could be stopped", turn_id=turn.id,
                         processes=turn.left)
@@ -3283,6 +3352,7 @@ class CodexRunner:
         threading.Thread(target=self._sync_logs, name="sync", daemon=True).start()
 
     def _recover(self, broken):
+        """The recovery thread: end what an earlier engine did not, one turn after the other."""
         for turn_log in broken:
             logger.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
             try:
@@ -3293,6 +3363,7 @@ class CodexRunner:
         self.prune()
 
     def _end_broken(self, turn_log):
+        """Stop what is left of a turn that was cut short, and give its log an ending."""
         try:
             left = TurnProcesses.from_saved(turn_log.header).stop()
             if left:
@@ -3305,6 +3376,7 @@ class CodexRunner:
                                                            "engine_restarted"))
 
     def _sync_logs(self):
+        """The sync thread: a power cut takes a second of a turn at most."""
         while not self._closed.wait(SYNC_INTERVAL):
             turn = self.current
             if turn and turn.log:
@@ -3314,10 +3386,12 @@ class CodexRunner:
 
     @property
     def thread_id(self):
+        """The current thread, or None."""
         with self.lock:
             return self._thread()
 
     def is_running(self):
+        """Whether a turn is in progress."""
         with self.lock:
             return self.current is not None
 
@@ -3431,6 +3505,7 @@ class CodexRunner:
         turn.alarm.ring()
 
     def _stop_current(self, code, forget=False):
+        """Stop the turn in progress and wait for its end: the Turn, or None if there was none."""
         self.recovered.wait()
         with self.lock:
             turn = self.current
@@ -3444,12 +3519,14 @@ class CodexRunner:
     # For who has the lock
 
     def _thread(self):
+        """The current thread: the newest turn's, unless a reset is behind it."""
         turn_id, thread_id = self.reset_at
         if self.newest_log and self.newest_log.turn_id > turn_id:
             return self.newest_log.thread_id
         return thread_id
 
     def _check_free(self):
+        """Raise HTTPError unless a turn may start."""
         if self.closing:
             raise HTTPError(503, "The engine is shutting down", "send it again in some seconds",
                             [("Retry-After", "5")])
@@ -3459,6 +3536,7 @@ class CodexRunner:
                             "POST /codex/interrupt", turn_id=self.current.id)
 
     def _in_progress(self, turn_id):
+        """The Turn with the id, if it is the one in progress."""
         return self.current if self.current and self.current.id == turn_id else None
 
     # For a turn's thread, as the turn goes on
@@ -3585,6 +3663,7 @@ def try_sandbox():
 
 
 def is_below(path, folder):
+    """Whether a path lies in a folder, links followed."""
     return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
 
 
@@ -3636,6 +3715,7 @@ class Problems:
                 ("settings", *self._look_at_settings()), ("sandbox", *self._look_at_sandbox())]
 
     def _look_at_codex(self):
+        """The Codex that would be run."""
         try:
             codex = self.finder.find()
         except HTTPError as error:
@@ -3647,6 +3727,7 @@ class Problems:
         return "%s, version %s" % (codex.program, version), []
 
     def _look_at_key(self):
+        """What Codex shows to its API."""
         for name in ("CODEX_API_KEY", "OPENAI_API_KEY"):
             if self.settings.env.get(name):
                 return name, []
@@ -3657,6 +3738,7 @@ class Problems:
                             "or log in with `codex login` (there is no %s)" % login)]
 
     def _look_at_secret(self):
+        """What clients show to the engine."""
         length = self.settings.secret_length
         if not length:
             return "", [problem("REPLICAS_ENGINE_SECRET is not set: only /health is answered",
@@ -3668,6 +3750,7 @@ class Problems:
         return "REPLICAS_ENGINE_SECRET is set", []
 
     def _look_at_folder(self, path, name, is_written=True):
+        """A directory that has to be there, and mostly to be written."""
         temporary = self.settings.inherited.get("TMPDIR") or "/tmp"
         try:
             is_folder = stat.S_ISDIR(os.stat(path).st_mode)
@@ -3690,6 +3773,7 @@ class Problems:
         return path, [problem("%s=%s: %s" % (name, path, what), remedy)]
 
     def _look_at_settings(self):
+        """What was odd about the settings when they were read, and who may read them."""
         problems = list(self.settings.problems)
         try:
             pwd.getpwuid(os.getuid())
@@ -3703,6 +3787,7 @@ class Problems:
         return "they can be used", problems
 
     def _look_at_sandbox(self):
+        """What Codex's sandbox is made of, as `try_out` found it."""
         if self.sandbox_error:
             return "", [problem("Codex's sandbox can't be made here: %s" % self.sandbox_error,
                                 self.settings.remedy("see README, or set REPLICAS_ENGINE_SANDBOX="
@@ -3773,6 +3858,7 @@ class Application:
         return True
 
     def __call__(self, environ, start_response):
+        """One request (PEP 3333): whatever happens, there is an answer."""
         request = Request(environ)
         try:
             response = self._respond(request)
@@ -3801,6 +3887,7 @@ class Application:
                            WARNING_INTERVAL)
 
     def _respond(self, request):
+        """The Response: secret, route, whole body, handler, in this order."""
         if request.path == "/health" and request.method in ("GET", "HEAD"):
             request.read_body(MAX_HEALTH_BODY)
             return self.router.handler(request.method, request.path)(request)
@@ -3814,6 +3901,7 @@ class Application:
     # POST /codex/send
 
     def send(self, request):
+        """Start a turn, or find the one that the key started."""
         body, fingerprint = self._message(request.body)
         message = body.get("message")
         if not isinstance(message, str) or not message.strip():
@@ -3860,6 +3948,7 @@ class Application:
     # GET /codex/events
 
     def events(self, request):
+        """A turn's stream from where the client was."""
         check_room_for_stream(request)
         query = request.query()
         name = "after" if "after" in query else "Last-Event-ID"
@@ -3882,6 +3971,7 @@ class Application:
     # GET /codex/turns and GET /codex/turns/N
 
     def turns(self, request):
+        """The kept turns, newest first."""
         query = request.query()
         before = whole_number(query, "before", least=1)
         ids = [turn_id for turn_id in self.runner.state.turn_ids()
@@ -3894,6 +3984,7 @@ class Application:
         return json_response({"turns": results})
 
     def turn(self, request):
+        """One turn's result, perhaps when it is over."""
         turn_id = int(request.path.rpartition("/")[2][:15])
         seconds = whole_number(request.query(), "wait", most=MAX_WAIT) or 0
         self.runner.turn_log(turn_id).wait_for_end(seconds)
@@ -3904,6 +3995,7 @@ class Application:
     # POST /codex/interrupt
 
     def interrupt(self, request):
+        """Stop the turn in progress."""
         turn_id = self.runner.interrupt()
         return json_response({"success": True, "interrupted": turn_id is not None,
                               "turn_id": turn_id})
@@ -3911,12 +4003,14 @@ class Application:
     # GET /codex/history
 
     def history(self, request):
+        """The thread's rollout."""
         return history_response(request, self.runner.rollouts, self.runner.thread_id,
                                 self.settings.max_history)
 
     # GET /codex/status
 
     def status(self, request):
+        """How everything is, at once."""
         runner = self.runner
         thread_id = runner.thread_id
         return json_response({
@@ -3930,12 +4024,14 @@ class Application:
             "problems": self.problems.find()})
 
     def _turn(self):
+        """The newest turn, or None."""
         try:
             return turn_summary(self.runner.turn_log())
         except HTTPError:
             return None
 
     def _codex(self):
+        """The Codex that the next turn would run, or None."""
         try:
             codex = self.runner.finder.find()
         except HTTPError:
@@ -3945,6 +4041,7 @@ class Application:
     # POST /codex/reset
 
     def reset(self, request):
+        """Stop the turn in progress and forget the thread."""
         self.runner.reset()
         return json_response({"message": "Thread reset successfully", "success": True})
 
@@ -5016,6 +5113,7 @@ class Inbox:
                 signal.signal(number, lambda number, frame: None)
 
     def put(self, number):
+        """From any thread: wake the main one."""
         with contextlib.suppress(BlockingIOError):
             os.write(self._write_end, bytes([number]))
 
@@ -5106,6 +5204,7 @@ def watch(inbox, server, app, stop):
 
 
 def warn_of_problems(problems):
+    """The problems thread: at the start, one warning for each."""
     problems.try_out()
     for found in problems.find():
         logger.warning("%s: %s", found["problem"], found["details"])
@@ -5130,6 +5229,7 @@ def stop_when_told(stop, inbox, *closers):
 
 
 def start_thread(name, target, *args):
+    """Start a daemon thread, and return it."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     thread.start()
     return thread
