@@ -43,8 +43,8 @@ is an orphan, ring an alarm.
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Turn log, Event stream and results,
 Processes, Rollouts and history, Codex, Turn options, Driving Codex: exec, Turn, State directory,
-CodexRunner, Application, HTTP grammar, Connection and bodies, Answer, WSGI server, systemd, Check,
-Command line.
+CodexRunner, Application, HTTP grammar, Connection and bodies, Answer, Request handler, WSGI server,
+systemd, Check, Command line.
 
 Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
 setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
@@ -4068,9 +4068,6 @@ def environ_key(name):
     return key if key in ("CONTENT_LENGTH", "CONTENT_TYPE") else "HTTP_" + key
 
 
-cached_environ_key = functools.lru_cache(maxsize=256)(environ_key)
-
-
 def add_fields(environ, fields):
     """Put the field lines (5) into the environ.  Raises BadRequest."""
     if not FIELDS.fullmatch(fields):
@@ -4079,7 +4076,7 @@ def add_fields(environ, fields):
     if len(pairs) > MAX_FIELDS:
         raise BadRequest(431, "there are more than %d fields" % MAX_FIELDS)
     for name, value in pairs:
-        key = cached_environ_key(name) if len(name) <= 64 else environ_key(name)
+        key = environ_key(name)
         value = value.strip(b" \t").decode("latin-1")
         if key in environ:
             if key in SINGLE_FIELDS:
@@ -4284,13 +4281,13 @@ class RequestBody(io.RawIOBase):
         self.connection = connection
         self.chunked = length is None
         self.left = length or 0             # bytes of the body, or of the current chunk
-        self.complete = length == 0
-        self.broken = False
-        self.waits = True
-        self._excess = 0                    # bytes of the chunks' framing beyond what is usual
         self.expects_continue = expects_continue
-        self._begin = None
-        self._received = 0
+        self.complete = length == 0
+        self.broken = False                 # what follows in the connection can't be told
+        self.waits = True                   # or takes only what is there already
+        self._excess = 0                    # bytes of the chunks' framing beyond what is usual
+        self._begin = None                  # when it first waited, by time.monotonic
+        self._received = 0                  # bytes since then, for its deadline
 
     def readable(self):
         return True
@@ -4385,10 +4382,16 @@ class RequestBody(io.RawIOBase):
 # Answer
 # ---------------------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=8)             # without it: 15 % fewer requests at 16 connections
+def http_date(seconds):
+    """Whole seconds since 1970 as RFC 9110, 5.6.7 has it."""
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
 def response_head(status_line, fields):
     """A response's head (4), its empty line included.  Raises ValueError for a line end in it."""
     lines = ["HTTP/1.1 %s\r\nDate: %s\r\nServer: replicas-engine\r\n"
-             % (status_line, email.utils.formatdate(usegmt=True))]
+             % (status_line, http_date(int(time.time())))]
     lines += ["%s: %s\r\n" % field for field in fields]
     head = "".join(lines)
     expected = len(lines) + 2
@@ -4423,7 +4426,7 @@ class Answer:
         self.version = int(environ["SERVER_PROTOCOL"] != "HTTP/1.0")
         self.is_head = environ["REQUEST_METHOD"] == "HEAD"
         self.closes = closes
-        self.closed = False                 # what it said
+        self.closed = False                 # what that said
         self.status_line = None             # such as "200 OK", and the fields: the application's
         self.fields = None
         self.length = None                  # of the body, as the application says
@@ -4520,7 +4523,7 @@ class Answer:
 
 
 # ---------------------------------------------------------------------------------------------
-# WSGI server
+# Request handler
 # ---------------------------------------------------------------------------------------------
 
 class WSGIRequestHandler:
@@ -4663,12 +4666,17 @@ class WSGIRequestHandler:
                  else logging.INFO)
         log_request(level, "%s %s %s %.1f ms, from %s" % (
             environ["REQUEST_METHOD"], path if path.isprintable() else ascii(path), outcome,
-            (time.perf_counter() - self.begun_at) * 1000, self.client))
+            (time.perf_counter() - self.begun_at) * 1000, self.client or "a Unix socket"))
 
+
+# ---------------------------------------------------------------------------------------------
+# WSGI server
+# ---------------------------------------------------------------------------------------------
 
 def prepare_listener(listener):
-    """Set what the accepted sockets inherit (tcp(7)): no Nagle; whoever vanished without a word
-    is noticed after VANISHED_TIMEOUT, when something is sent to him or nothing is."""
+    """Set what the accepted sockets inherit (tcp(7)): no Nagle; a client who vanished without a
+    word is noticed when he has acknowledged nothing for SEND_TIMEOUT, a probe of the kernel's if
+    he was sent nothing else."""
     listener.setblocking(False)
     if listener.family != socket.AF_UNIX:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
