@@ -4199,11 +4199,15 @@ class Connection:
     def __init__(self, sock):
         self.sock = sock
         self.buffer = b""
+        self.evicted = False                # it makes room for another: set by the accept loop
         self._limit = None
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT))
 
     def receive(self, seconds):
-        """Add what comes to the buffer; False if nothing comes any more.  Raises TimeoutError."""
+        """Add what comes to the buffer; False if nothing comes any more.
+
+        Raises TimeoutError, and BadRequest when another connection needs the room.
+        """
         if seconds != self._limit:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
             self._limit = seconds
@@ -4211,6 +4215,8 @@ class Connection:
             data = self.sock.recv(BUFFER_SIZE)
         except BlockingIOError:
             raise TimeoutError from None
+        if self.evicted:
+            raise too_many()
         self.buffer = self.buffer + data if self.buffer else data
         return bool(data)
 
@@ -4632,7 +4638,8 @@ class WSGIRequestHandler:
 
     def run_application(self, environ, body):
         answer = Answer(self.connection, environ, body,
-                        lambda: wants_close(environ) or self.server.closing or self.spare)
+                        lambda: (wants_close(environ) or self.server.closing or self.spare
+                                 or self.connection.evicted))
         outcome = "-"
         try:
             result = self.server.application(environ, answer.start_response)
@@ -4712,6 +4719,7 @@ class WSGIServer(ThreadingHTTPServer):
         self.admits = admits
         self.closing = False
         self.looks = 0                      # how often the accept loop came by
+        self._accept_errno = None           # what accept failed with, and goes on to
         # Guards the two below, and is notified when a connection has ended.  Taken by the accept
         # loop and by each connection's thread at its beginning and its end.
         self._changed = threading.Condition()
@@ -4722,7 +4730,7 @@ class WSGIServer(ThreadingHTTPServer):
         for listener in listeners:
             prepare_listener(listener)
             self._ready.register(listener, select.EPOLLIN)
-        self._reserve = queue.SimpleQueue()     # connections for which there was no thread
+        self._reserve = queue.LifoQueue()   # connections for which there was no thread
         for _ in range(RESERVE_THREADS):
             threading.Thread(target=self._serve_reserve, name="reserve", daemon=True).start()
         self._environ = {
@@ -4748,6 +4756,9 @@ class WSGIServer(ThreadingHTTPServer):
             for connections in (self._connections, self._spare):
                 if sock in connections:
                     connections[sock] = handler
+                    break
+            else:
+                handler.connection.evicted = True
             return sock not in self._connections
 
     # Called by the accept loop
@@ -4761,46 +4772,65 @@ class WSGIServer(ThreadingHTTPServer):
     def get_request(self):
         try:
             (fd, _), *_ = self._ready.poll(0) or [(self.socket.fileno(), 0)]
-            return self._listeners[fd].accept()
+            accepted = self._listeners[fd].accept()
+            self._accept_errno = None
+            return accepted
+        except (BlockingIOError, ConnectionError):      # it has gone again
+            raise
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                logger.error("a connection can't be taken: %s", error.strerror)
-                time.sleep(0.1)             # the connection stays in the queue: don't spin
+            if error.errno != self._accept_errno:
+                logger.error("connections can't be accepted: %s", error.strerror)
+            self._accept_errno = error.errno
+            with self._changed:
+                oldest = self._evict(self._connections)
+            self._wake(oldest)
+            time.sleep(0.1)                 # they stay in the queue: don't spin
             raise
 
     def process_request(self, request, client_address):
-        oldest = self._make_room(request)
-        if oldest:
-            with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RD)     # so that its thread ends now
+        if not self._enter(request, self._connections, self.max_connections):
+            self._enter(request, self._spare, MAX_SPARE_CONNECTIONS)
         try:
             threading.Thread(target=self.process_request_thread, name="connection",
                              args=(request, client_address), daemon=True).start()
         except RuntimeError as error:
             logger.error("no thread could be started for a connection: %s", error)
             with self._changed:
-                self._spare[request] = self._connections.pop(request, None)
+                self._connections.pop(request, None)
+                self._spare.pop(request, None)
+            self._enter(request, self._spare, RESERVE_THREADS)
             self._reserve.put((request, client_address))
 
-    def _make_room(self, request):
-        """Count a connection, among the spare ones if need be; the socket that must go for it."""
+    def _enter(self, request, connections, limit):
+        """Count a connection among `connections`.  If they are `limit` already, one of them makes
+        room; if none can, return False."""
         with self._changed:
-            if len(self._connections) < self.max_connections:
-                self._connections[request] = None
-                return None
-            handlers = self._connections.items()
-            oldest = next(itertools.chain(
-                (sock for sock, handler in handlers if not (handler and handler.admitted)),
-                (sock for sock, handler in handlers if handler and handler.idle)), None)
-            if oldest:
-                del self._connections[oldest]
-                self._connections[request] = None
-                return oldest
-            if len(self._spare) >= MAX_SPARE_CONNECTIONS:
-                oldest = next(iter(self._spare))
-                del self._spare[oldest]
-            self._spare[request] = None
-            return oldest
+            oldest = self._evict(connections) if len(connections) >= limit else None
+            if oldest is None and len(connections) >= limit:
+                return False
+            connections[request] = None
+        self._wake(oldest)
+        return True
+
+    def _evict(self, connections):
+        """Take out of `connections` the oldest that has not shown that it may always enter, else
+        that is idle, else of the spare ones any: its socket, or None.  To be called with the lock.
+        """
+        handlers = connections.items()
+        oldest = next(itertools.chain(
+            (sock for sock, handler in handlers if not (handler and handler.admitted)),
+            (sock for sock, handler in handlers if handler and handler.idle),
+            connections if connections is self._spare else ()), None)
+        if oldest and connections[oldest]:
+            connections[oldest].connection.evicted = True
+        connections.pop(oldest, None)
+        return oldest
+
+    def _wake(self, sock):
+        """Let the thread of a connection see that nothing more comes."""
+        if sock:
+            with contextlib.suppress(OSError):      # it may have been closed meanwhile
+                sock.shutdown(socket.SHUT_RD)
 
     def _serve_reserve(self):
         for connection in iter(self._reserve.get, None):
@@ -4839,8 +4869,7 @@ class WSGIServer(ThreadingHTTPServer):
                 idle = [sock for connections in (self._connections, self._spare)
                         for sock, handler in connections.items() if handler and handler.idle]
             for sock in idle:               # who still sends behind his last answer is reset
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RD)
+                self._wake(sock)
             with self._changed:
                 left = deadline - time.monotonic()
                 if not (self._connections or self._spare) or left <= 0:

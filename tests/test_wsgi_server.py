@@ -453,6 +453,66 @@ def test_no_thread_can_be_started(serve, monkeypatch):
     assert served.get("echo")[0] == 200
 
 
+def test_without_threads_a_silent_crowd_keeps_nobody_out(serve, monkeypatch):
+    """The newest connection is served first, and the oldest make room for it."""
+    served = serve(Application(), always=("/echo",), SPARE_TIMEOUT=10 * harness.PATIENCE,
+                   LINGER_PAUSE=10 * harness.PATIENCE)
+    start = threading.Thread.start
+
+    def fail(thread):
+        if thread.name == "connection":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    crowd = silent(served.port, 40)
+    for _ in range(3):
+        crowd.append(Client(served.port, request(b"GET /echo HTTP/1.1")))
+        assert crowd[-1].answer()[0] == 200             # and it stays, without closing
+    for client in crowd:
+        client.close()
+
+
+def test_who_makes_room_is_told_so(serve):
+    served = serve(Application(), max_connections=1)
+    for data in (b"GET / HT", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhel"):
+        with Client(served.port, data) as client:
+            wait_for(lambda: [handler for handler in served.server._connections.values()
+                              if handler and not handler.idle], "its request to begin")
+            assert served.get("")[0] == 200
+            status, _, body = client.answer()
+            assert status == 503 and (b"too many connections" in body)
+
+
+def test_who_makes_room_cannot_go_on(serve):
+    """However much he has sent already."""
+    app = Application()
+    served = serve(app, max_connections=1)
+    with Client(served.port, request(b"GET /drip HTTP/1.1") * 3000) as client:
+        _, fields = client.head()
+        assert fields.get("connection") is None         # it was settled before
+        assert served.get("echo")[0] == 200
+        app.proceed.set()
+        assert b"".join(client.chunks()).endswith(b"end")
+        assert client.answer()[1]["connection"] == "close"
+        assert client.is_closed()
+
+
+def test_no_descriptor_is_left(make_engine):
+    """The oldest silent connection makes room, as above the limit."""
+    engine = make_engine(start=False)
+    engine.program = ["sh", "-c", 'ulimit -n 60; exec "$@"', "sh", *engine.program]
+    engine.start()
+    crowd = []
+    for _ in range(5):
+        crowd += silent(engine.port, 20)
+        assert engine.get("/ping").status == 200
+    assert "connections can't be accepted: Too many open files" in engine.log()
+    for sock in crowd:
+        sock.close()
+    assert engine.send("hi")[-1].type == "done"
+
+
 # Targets
 
 def test_a_query_with_characters_that_browsers_send_raw(serve):
