@@ -3988,10 +3988,10 @@ PARTIAL_REQUEST_LINE = re.compile(
 EMPTY_LINES = re.compile(rb"(?:\r\n)*")                                # 2.2
 FIELDS = re.compile(rb"(?:" + TOKEN + rb":" + VALUE + rb"\r\n)*")       # 5
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + VALUE + rb")\r\n")
-# A query may have everything but blanks, control characters and "#" in it: browsers and Node send
-# some of what RFC 3986 forbids as it is, and no server minds.
+# A query may have every visible character but "#" in it: browsers and Node send most of those that
+# RFC 3986 forbids as they are, a lone "%" too, and other servers don't mind.
 ORIGIN_FORM = re.compile(rb"(|/(?:" + PCHAR + rb"|/)*)"                 # 3.2.1
-                         rb"(?:\?((?:[!\"$&-~]|%[0-9A-Fa-f]{2})*))?")
+                         rb"(?:\?([!\"$-~]*))?")
 ABSOLUTE_FORM = re.compile(rb"http://([^/?]+)(.*)", re.IGNORECASE)      # 3.2.2
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)"
                   rb"(?::([0-9]*))?")                                   # RFC 9110, 7.2

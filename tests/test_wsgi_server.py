@@ -517,11 +517,12 @@ def test_no_descriptor_is_left(make_engine):
 
 def test_a_query_with_characters_that_browsers_send_raw(serve):
     served = serve(Application())
-    for query in (b"a=[1]", b"a|b^c`d", b'{"a":"\\<b>"}', b"a=%5B1]", b"a[]=1&b[c]=2;d"):
+    for query in (b"a=[1]", b"a|b^c`d", b'{"a":"\\<b>"}', b"a=%5B1]", b"a[]=1&b[c]=2;d", b"a=100%",
+                  b"%g0"):
         with Client(served.port, request(b"GET /echo?" + query + b" HTTP/1.1")) as client:
             status, fields, _ = client.answer()
             assert status == 200 and fields["x-query"] == query.decode()
-    for target in (b"/echo?a#b", b"/echo?%g0", b"/echo?%", b"/echo[1]", b"/ec|ho"):
+    for target in (b"/echo?a#b", b"/echo?\xc3\xa4", b"/echo?\x7f", b"/echo[1]", b"/ec|ho", b"/echo%"):
         with Client(served.port, request(b"GET " + target + b" HTTP/1.1")) as client:
             assert client.answer()[0] == 400
 
