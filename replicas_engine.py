@@ -3969,13 +3969,13 @@ MAX_TRAILERS = 8 * 1024                    # bytes of a chunked body's trailer s
 IDLE_TIMEOUT = 75.0                        # seconds between two requests
 HEAD_TIMEOUT = 10.0                        # seconds from a head's first byte to its last
 BODY_GRACE, BODY_RATE = 20.0, 4096         # a body may take 20 s, and 1 s more per 4 KiB received
-SEND_TIMEOUT = 60.0                        # seconds in which the client takes not one byte more
+SEND_TIMEOUT = 45.0                        # seconds in which the client takes not one byte more
+PROBE_AFTER, PROBE_INTERVAL = 30, 5        # seconds of silence until the kernel asks if he is there
 LINGER_TIMEOUT, LINGER_PAUSE = 60.0, 10.0  # seconds of reading behind a last answer; between bytes
 MAX_LINGER_BYTES = 256 * 1024 * 1024       # bytes that are read behind a last answer
 MAX_SPARE_CONNECTIONS = 32                 # above the limit, for who is always answered
 SPARE_TIMEOUT = 2.0                        # seconds in which their request must be there
 RESERVE_THREADS = 2                        # that serve when no other can be started
-VANISHED_TIMEOUT = 45                      # seconds until a client that says nothing is gone
 BUFFER_SIZE = 16 * 1024
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                 # RFC 9110, 5.6.2
@@ -4687,9 +4687,9 @@ def prepare_listener(listener):
     listener.setblocking(False)
     if listener.family != socket.AF_UNIX:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPINTVL, 5),
-                              (socket.TCP_KEEPIDLE, VANISHED_TIMEOUT - 15),
-                              (socket.TCP_USER_TIMEOUT, VANISHED_TIMEOUT * 1000)):
+        for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_KEEPIDLE, PROBE_AFTER),
+                              (socket.TCP_KEEPINTVL, PROBE_INTERVAL),
+                              (socket.TCP_USER_TIMEOUT, int(SEND_TIMEOUT * 1000))):
             listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 

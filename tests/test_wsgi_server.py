@@ -424,16 +424,59 @@ def test_a_unix_socket(make_engine, tmp_path):
     assert answers()
 
 
-def test_a_client_that_vanishes_without_a_word(engine):
-    """The kernel asks for it: tcp(7)."""
-    with socket.create_connection(("127.0.0.1", engine.port)) as sock:
-        sock.sendall(PING)
-        assert b"pong" in sock.recv(65536)
-        pid = engine.process.pid
-        local = "%04X" % engine.port
-        timers = [line.split()[5] for line in open("/proc/%d/net/tcp" % pid)
-                  if line.split()[1].endswith(local) and line.split()[3] == "01"]
-        assert timers and all(timer.startswith("02:") for timer in timers)      # keep-alive
+def test_the_kernel_asks_whether_a_client_is_there(serve):
+    """tcp(7); what it does then is shown by the next test, where it can run."""
+    served = serve(Application())
+    with Client(served.port, request(b"GET / HTTP/1.1")) as client:
+        assert client.answer()[0] == 200
+        sock, = served.server._connections
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle, interval, patience = (sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
+            socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT))
+        assert idle + interval <= patience / 1000 == replicas_engine.SEND_TIMEOUT == 45
+
+
+VANISHING = """
+import socket, subprocess, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import replicas_engine
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+replicas_engine.PROBE_AFTER = replicas_engine.PROBE_INTERVAL = 1
+replicas_engine.SEND_TIMEOUT = 3.0
+
+def drip(environ, start_response):
+    start_response("200 OK", [])
+    while environ["PATH_INFO"] == "/drip":
+        yield b"x"
+        time.sleep(0.1)
+    yield b"end"
+
+server = replicas_engine.WSGIServer(replicas_engine.listen("127.0.0.1", 0), drip, 10)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+clients = []
+for path in (b"/", b"/drip"):                   # one gets nothing more, one gets more and more
+    sock = socket.create_connection(server.server_address)
+    sock.sendall(b"GET %b HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n" % path)
+    sock.recv(1)
+    clients.append(sock)
+assert len(server._connections) == 2
+subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+deadline = time.monotonic() + float(sys.argv[2])
+while server._connections and time.monotonic() < deadline:
+    time.sleep(0.05)
+print("left:", len(server._connections))
+"""
+
+
+def test_clients_that_vanish_without_a_word():
+    """Behind a link that is down nothing comes from them any more, and no reset either."""
+    command = ["unshare", "--map-root-user", "--net"]
+    if not all(map(shutil.which, ("unshare", "ip"))) or subprocess.run(
+            command + ["ip", "link", "set", "lo", "up"], stderr=subprocess.DEVNULL).returncode:
+        conftest.unavailable("no unshare, no ip, or no right to make a network namespace")
+    output = subprocess.run(command + [sys.executable, "-c", VANISHING, harness.ROOT,
+                                       str(harness.PATIENCE)], stdout=subprocess.PIPE, check=True)
+    assert output.stdout == b"left: 0\n"
 
 
 def test_no_thread_can_be_started(serve, monkeypatch):
