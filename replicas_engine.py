@@ -4665,7 +4665,8 @@ class WSGIRequestHandler:
         """Answer what isn't a request, and close the connection."""
         self.closing = True
         self.connection.send(refusal(error, is_head))
-        logger.info("refused a request: %d %s, from %s", error.status, error, self.client)
+        logger.info("refused a request: %d %s, from %s", error.status, error,
+                    self.client or "a Unix socket")
 
     def log_request(self, environ, outcome):
         path = environ["PATH_INFO"]
@@ -4712,7 +4713,7 @@ class WSGIServer(ThreadingHTTPServer):
         super().__init__(name, WSGIRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listeners[0]
-        self.server_address = name if isinstance(name, tuple) else ("localhost", 0)
+        self.server_address = name if isinstance(name, tuple) else ("localhost", 0)    # AF_UNIX
         self.application = application
         self.max_connections = max_connections
         self.always = frozenset(always)
@@ -4883,14 +4884,19 @@ class WSGIServer(ThreadingHTTPServer):
 
 
 def listen_at_path(path):
-    """A listening Unix socket in place of one that nobody listens on.  Raises OSError."""
+    """A listening Unix socket in place of one that nobody listens on.  Raises OSError.
+
+    Every user of the machine may connect, as to a port: a proxy is another one than the engine's.
+    """
     listener = socket.socket(socket.AF_UNIX)
     try:
         if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
             with socket.socket(socket.AF_UNIX) as probe:
+                probe.setblocking(False)        # it would wait for room in a full queue
                 if probe.connect_ex(path) == errno.ECONNREFUSED:
                     os.unlink(path)
         listener.bind(path)
+        os.chmod(path, 0o666)
         listener.listen(1024)
     except OSError:
         listener.close()
@@ -4908,19 +4914,23 @@ def listen(host, port):
     if host in (None, "::") and socket.has_dualstack_ipv6():
         return [socket.create_server(("", port), family=socket.AF_INET6, backlog=1024,
                                      dualstack_ipv6=True)]
-    listeners = []
-    try:
-        for family, _, _, _, address in socket.getaddrinfo(
-                host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-            if listeners:                   # the same port, if it was to be any
-                address = (address[0], listeners[0].getsockname()[1])
-            listeners.append(socket.create_server(address[:2], family=family, backlog=1024))
-    except OSError as error:                # of localhost's addresses a machine may have only one
-        if not listeners or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-            for listener in listeners:
-                listener.close()
-            raise
-    return listeners
+    listeners, problem = [], None
+    for family, _, _, _, address in dict.fromkeys(socket.getaddrinfo(
+            host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)):
+        if listeners:                       # the same port, if it was to be any
+            address = (address[0], listeners[0].getsockname()[1], *address[2:])
+        try:
+            listeners.append(socket.create_server(address, family=family, backlog=1024))
+        except OSError as error:
+            problem = error
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                break                       # else the machine hasn't all of localhost's addresses
+    else:
+        if listeners:
+            return listeners
+    for listener in listeners:
+        listener.close()
+    raise problem
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4940,14 +4950,14 @@ def notify(message):
             sock.sendall(message.encode())
 
 
-def systemd_listener():
-    """The listening socket that systemd passed us (sd_listen_fds(3)), or None."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS"):
-        return None
-    listener = socket.socket(fileno=3)
-    listener.set_inheritable(False)
-    listener.setblocking(True)
-    return listener
+def systemd_listeners():
+    """The listening sockets that systemd passed us (sd_listen_fds(3)), if any.  Raises OSError."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    listeners = [socket.socket(fileno=3 + n) for n in range(int(os.environ.get("LISTEN_FDS", 0)))]
+    for listener in listeners:
+        listener.set_inheritable(False)
+    return listeners
 
 
 def systemd_address():
@@ -5189,12 +5199,12 @@ def serve(settings):
     """Run the engine until SIGTERM, SIGINT or SIGHUP; the exit status."""
     inbox = Inbox()
     app = Application(settings)
-    inherited = systemd_listener()
+    inherited = systemd_listeners()
     failed = open_application(app)
     if failed:
         return failed
     try:
-        listeners = [inherited] if inherited else listen(settings.host, settings.port)
+        listeners = inherited or listen(settings.host, settings.port)
     except OSError as error:
         app.runner.close()
         logger.error("HOST=%s, PORT=%d can't be used: %s", settings.host or "", settings.port,
@@ -5207,13 +5217,13 @@ def serve(settings):
     logger.info("replicas-engine %s is listening on %s, pid %d", __version__,
                 " and ".join(address_text(listener.getsockname()) for listener in listeners),
                 os.getpid())
-    if inherited:
-        settings.problems += socket_problems(settings, inherited.getsockname())
+    settings.problems += min((socket_problems(settings, listener.getsockname())
+                              for listener in inherited), key=len, default=[])
     warner = start_thread("problems", warn_of_problems, app.problems)
     stop = threading.Event()
     # It is there from the start: later the machine may have no thread left to give.
     start_thread("stop", stop_when_told, stop, inbox, app.runner.close, functools.partial(
-        server.shut_down, CLOSE_TIMEOUT, keep_queue=inherited is not None),
+        server.shut_down, CLOSE_TIMEOUT, keep_queue=bool(inherited)),
         functools.partial(end_warner, warner))
     app.runner.on_change = lambda: inbox.put(Inbox.TURN_CHANGED)
     notify("READY=1\nSTATUS=" + status_line(app))

@@ -398,6 +398,23 @@ def test_localhost_is_both_its_addresses(serve):
             listener.close()
 
 
+def test_addresses_that_the_machine_has_not(monkeypatch):
+    """A name's other ones do; and no address is listened on twice."""
+    def found(*addresses):
+        return lambda *args, **keys: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+                                      for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found("192.0.2.1", "127.0.0.1", "127.0.0.1"))
+    listener, = replicas_engine.listen("name", 0)
+    assert listener.getsockname()[0] == "127.0.0.1"
+    listener.close()
+    monkeypatch.setattr(socket, "getaddrinfo", found("127.0.0.1", "192.0.2.1"))
+    replicas_engine.listen("name", 0)[0].close()
+    monkeypatch.setattr(socket, "getaddrinfo", found("192.0.2.1"))
+    with pytest.raises(OSError):
+        replicas_engine.listen("name", 0)
+
+
 def test_a_unix_socket(make_engine, tmp_path):
     """A second start takes the place of a socket on which nobody listens, and of no other."""
     path = str(tmp_path / "engine.sock")
@@ -414,7 +431,9 @@ def test_a_unix_socket(make_engine, tmp_path):
     for _ in range(2):
         engine.start(wait=False)
         wait_for(answers, "the engine to answer")
-        assert path in engine.log()
+        assert "is listening on unix:" + path in engine.log()
+        assert re.search("GET /ping 200 .*, from a Unix socket", engine.log())
+        assert os.stat(path).st_mode & 0o777 == 0o666       # a proxy is another user
         engine.kill()
     engine.start(wait=False)
     wait_for(answers)
