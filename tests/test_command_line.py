@@ -598,3 +598,29 @@ def test_a_socket_from_systemd(make_engine):
         start()
         assert waiting.getresponse().status == 200
         waiting.close()
+
+
+def test_several_sockets_from_systemd(make_engine, tmp_path):
+    path = str(tmp_path / "engine.sock")
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        engine = make_engine(start=False)
+        engine.port = one.getsockname()[1]
+        engine.program = [
+            sys.executable, "-c", "import fcntl, os, sys\n"
+            "fds = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 50) for fd in sys.argv[1:3]]\n"
+            "for n, fd in enumerate(fds): os.dup2(fd, 3 + n)\n"
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2')\n"
+            "os.execv(sys.argv[3], sys.argv[3:])", str(other.fileno()), str(one.fileno()),
+            *engine.program]
+        with open(engine.log_path, "ab") as log_file:
+            engine.process = subprocess.Popen(engine.program, env=engine.env, cwd=engine.folder,
+                                              stderr=log_file, pass_fds=[one.fileno(), other.fileno()])
+        assert engine.get("/ping").status == 200
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert b" 200 " in sock.recv(1000)
+        assert "listening on unix:%s and port %d of 127.0.0.1," % (path, engine.port) in engine.log()
+        assert engine.stop() == 0

@@ -162,10 +162,8 @@ def naive_target(method, target, host, version):
             target = b"/" + target
     path, question, query = target.partition(b"?")
     # What RFC 3986 doesn't allow in a query is sent by browsers as it is; but no fragment.
-    return naive_pchars(path, b"/")[0], naive_pchars(query, bytes(RAW_IN_QUERY))[1]
-
-
-RAW_IN_QUERY = set(range(0x21, 0x7f)) - set(b"#%")
+    need(all(0x21 <= byte <= 0x7e and byte != ord("#") for byte in query))
+    return naive_pchars(path, b"/"), query.decode()
 
 
 def naive_pchars(text, more):
@@ -179,7 +177,7 @@ def naive_pchars(text, more):
         else:
             need(byte in UNRESERVED + SUB_DELIMS + b":@" + more)
         decoded.append(byte)
-    return bytes(decoded), text.decode()
+    return bytes(decoded)
 
 
 def naive_authority(text):

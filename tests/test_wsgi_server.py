@@ -398,6 +398,23 @@ def test_localhost_is_both_its_addresses(serve):
             listener.close()
 
 
+def test_addresses_that_the_machine_has_not(monkeypatch):
+    """A name's other ones do; and no address is listened on twice."""
+    def found(*addresses):
+        return lambda *args, **keys: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+                                      for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found("192.0.2.1", "127.0.0.1", "127.0.0.1"))
+    listener, = replicas_engine.listen("name", 0)
+    assert listener.getsockname()[0] == "127.0.0.1"
+    listener.close()
+    monkeypatch.setattr(socket, "getaddrinfo", found("127.0.0.1", "192.0.2.1"))
+    replicas_engine.listen("name", 0)[0].close()
+    monkeypatch.setattr(socket, "getaddrinfo", found("192.0.2.1"))
+    with pytest.raises(OSError):
+        replicas_engine.listen("name", 0)
+
+
 def test_a_unix_socket(make_engine, tmp_path):
     """A second start takes the place of a socket on which nobody listens, and of no other."""
     path = str(tmp_path / "engine.sock")
@@ -414,7 +431,9 @@ def test_a_unix_socket(make_engine, tmp_path):
     for _ in range(2):
         engine.start(wait=False)
         wait_for(answers, "the engine to answer")
-        assert path in engine.log()
+        assert "is listening on unix:" + path in engine.log()
+        assert re.search("GET /ping 200 .*, from a Unix socket", engine.log())
+        assert os.stat(path).st_mode & 0o777 == 0o666       # a proxy is another user
         engine.kill()
     engine.start(wait=False)
     wait_for(answers)
@@ -424,16 +443,59 @@ def test_a_unix_socket(make_engine, tmp_path):
     assert answers()
 
 
-def test_a_client_that_vanishes_without_a_word(engine):
-    """The kernel asks for it: tcp(7)."""
-    with socket.create_connection(("127.0.0.1", engine.port)) as sock:
-        sock.sendall(PING)
-        assert b"pong" in sock.recv(65536)
-        pid = engine.process.pid
-        local = "%04X" % engine.port
-        timers = [line.split()[5] for line in open("/proc/%d/net/tcp" % pid)
-                  if line.split()[1].endswith(local) and line.split()[3] == "01"]
-        assert timers and all(timer.startswith("02:") for timer in timers)      # keep-alive
+def test_the_kernel_asks_whether_a_client_is_there(serve):
+    """tcp(7); what it does then is shown by the next test, where it can run."""
+    served = serve(Application())
+    with Client(served.port, request(b"GET / HTTP/1.1")) as client:
+        assert client.answer()[0] == 200
+        sock, = served.server._connections
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle, interval, patience = (sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
+            socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT))
+        assert idle + interval <= patience / 1000 == replicas_engine.SEND_TIMEOUT == 45
+
+
+VANISHING = """
+import socket, subprocess, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import replicas_engine
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+replicas_engine.PROBE_AFTER = replicas_engine.PROBE_INTERVAL = 1
+replicas_engine.SEND_TIMEOUT = 3.0
+
+def drip(environ, start_response):
+    start_response("200 OK", [])
+    while environ["PATH_INFO"] == "/drip":
+        yield b"x"
+        time.sleep(0.1)
+    yield b"end"
+
+server = replicas_engine.WSGIServer(replicas_engine.listen("127.0.0.1", 0), drip, 10)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+clients = []
+for path in (b"/", b"/drip"):                   # one gets nothing more, one gets more and more
+    sock = socket.create_connection(server.server_address)
+    sock.sendall(b"GET %b HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n" % path)
+    sock.recv(1)
+    clients.append(sock)
+assert len(server._connections) == 2
+subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+deadline = time.monotonic() + float(sys.argv[2])
+while server._connections and time.monotonic() < deadline:
+    time.sleep(0.05)
+print("left:", len(server._connections))
+"""
+
+
+def test_clients_that_vanish_without_a_word():
+    """Behind a link that is down nothing comes from them any more, and no reset either."""
+    command = ["unshare", "--map-root-user", "--net"]
+    if not all(map(shutil.which, ("unshare", "ip"))) or subprocess.run(
+            command + ["ip", "link", "set", "lo", "up"], stderr=subprocess.DEVNULL).returncode:
+        conftest.unavailable("no unshare, no ip, or no right to make a network namespace")
+    output = subprocess.run(command + [sys.executable, "-c", VANISHING, harness.ROOT,
+                                       str(harness.PATIENCE)], stdout=subprocess.PIPE, check=True)
+    assert output.stdout == b"left: 0\n"
 
 
 def test_no_thread_can_be_started(serve, monkeypatch):
@@ -453,15 +515,76 @@ def test_no_thread_can_be_started(serve, monkeypatch):
     assert served.get("echo")[0] == 200
 
 
+def test_without_threads_a_silent_crowd_keeps_nobody_out(serve, monkeypatch):
+    """The newest connection is served first, and the oldest make room for it."""
+    served = serve(Application(), always=("/echo",), SPARE_TIMEOUT=10 * harness.PATIENCE,
+                   LINGER_PAUSE=10 * harness.PATIENCE)
+    start = threading.Thread.start
+
+    def fail(thread):
+        if thread.name == "connection":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    crowd = silent(served.port, 40)
+    for _ in range(3):
+        crowd.append(Client(served.port, request(b"GET /echo HTTP/1.1")))
+        assert crowd[-1].answer()[0] == 200             # and it stays, without closing
+    for client in crowd:
+        client.close()
+
+
+def test_who_makes_room_is_told_so(serve):
+    served = serve(Application(), max_connections=1)
+    for data in (b"GET / HT", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhel"):
+        with Client(served.port, data) as client:
+            wait_for(lambda: [handler for handler in served.server._connections.values()
+                              if handler and not handler.idle], "its request to begin")
+            assert served.get("")[0] == 200
+            status, _, body = client.answer()
+            assert status == 503 and (b"too many connections" in body)
+
+
+def test_who_makes_room_cannot_go_on(serve):
+    """However much he has sent already."""
+    app = Application()
+    served = serve(app, max_connections=1)
+    with Client(served.port, request(b"GET /drip HTTP/1.1") * 3000) as client:
+        _, fields = client.head()
+        assert fields.get("connection") is None         # it was settled before
+        assert served.get("echo")[0] == 200
+        app.proceed.set()
+        assert b"".join(client.chunks()).endswith(b"end")
+        assert client.answer()[1]["connection"] == "close"
+        assert client.is_closed()
+
+
+def test_no_descriptor_is_left(make_engine):
+    """The oldest silent connection makes room, as above the limit."""
+    engine = make_engine(start=False)
+    engine.program = ["sh", "-c", 'ulimit -n 60; exec "$@"', "sh", *engine.program]
+    engine.start()
+    crowd = []
+    for _ in range(5):
+        crowd += silent(engine.port, 20)
+        assert engine.get("/ping").status == 200
+    assert "connections can't be accepted: Too many open files" in engine.log()
+    for sock in crowd:
+        sock.close()
+    assert engine.send("hi")[-1].type == "done"
+
+
 # Targets
 
 def test_a_query_with_characters_that_browsers_send_raw(serve):
     served = serve(Application())
-    for query in (b"a=[1]", b"a|b^c`d", b'{"a":"\\<b>"}', b"a=%5B1]", b"a[]=1&b[c]=2;d"):
+    for query in (b"a=[1]", b"a|b^c`d", b'{"a":"\\<b>"}', b"a=%5B1]", b"a[]=1&b[c]=2;d", b"a=100%",
+                  b"%g0"):
         with Client(served.port, request(b"GET /echo?" + query + b" HTTP/1.1")) as client:
             status, fields, _ = client.answer()
             assert status == 200 and fields["x-query"] == query.decode()
-    for target in (b"/echo?a#b", b"/echo?%g0", b"/echo?%", b"/echo[1]", b"/ec|ho"):
+    for target in (b"/echo?a#b", b"/echo?\xc3\xa4", b"/echo?\x7f", b"/echo[1]", b"/ec|ho", b"/echo%"):
         with Client(served.port, request(b"GET " + target + b" HTTP/1.1")) as client:
             assert client.answer()[0] == 400
 
