@@ -487,7 +487,7 @@ SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
 
 ENGINE_SETTINGS = tuple("REPLICAS_ENGINE_" + name for name in (
     "SECRET", "SANDBOX", "MODEL", "IDLE_TIMEOUT", "TURN_TIMEOUT", "STATE", "MAX_BODY",
-    "MAX_CONNECTIONS", "MAX_HISTORY"))
+    "MAX_CONNECTIONS", "MAX_HISTORY", "DELTAS"))
 SECRET_LENGTH = "REPLICAS_ENGINE_SECRET_LENGTH"     # for --check, which shall not have the secret
 SETUP = "/usr/sbin/replicas-engine-setup"           # is there if the engine was installed
 
@@ -649,6 +649,7 @@ class Settings:
         self.codex_home = self._path("CODEX_HOME", os.path.join(self.home, ".codex"))
         self.sandbox = self._sandbox()
         self.model = self._model()
+        self.deltas = bool(self._number("REPLICAS_ENGINE_DELTAS", 0, most=1))
         self.idle_timeout = self._seconds("REPLICAS_ENGINE_IDLE_TIMEOUT", 1800)
         self.turn_timeout = self._seconds("REPLICAS_ENGINE_TURN_TIMEOUT", 0)
         self.state = self._path("REPLICAS_ENGINE_STATE", self._default_state())
@@ -996,10 +997,11 @@ def failure(message, code):
 
 
 def message_of(event):
-    """The `message` of an event or an error, which was read from bytes as Latin-1, on one line."""
+    """The `message` of an event or an error, on one line; exec's was read as Latin-1."""
     message = event.get("message") if isinstance(event, dict) else None
-    text = message.encode("latin-1", "replace").decode("utf-8", "replace") if isinstance(
-        message, str) else ""
+    text = message if isinstance(message, str) else ""
+    with contextlib.suppress(UnicodeError):
+        text = text.encode("latin-1").decode()
     return " ".join(text.split())[:MAX_FAILURE_MESSAGE]
 
 
@@ -2232,7 +2234,7 @@ def native_codex(program):
     return None
 
 
-def codex_environment(settings, codex, mark):
+def codex_environment(settings, codex, mark, with_key=True):
     """The environment for a Codex process: ours without what is the engine's or systemd's.
 
     CODEX_API_KEY is the only variable with a key that Codex reads (0.50 to 0.169).
@@ -2241,7 +2243,9 @@ def codex_environment(settings, codex, mark):
     env = {name: value for name, value in settings.inherited.items()
            if name not in own and not name.startswith("REPLICAS_ENGINE_")}
     key = env.get("CODEX_API_KEY") or env.get("OPENAI_API_KEY")
-    if key:
+    for name in ("CODEX_API_KEY", "OPENAI_API_KEY") if not with_key else ():
+        env.pop(name, None)
+    if key and with_key:
         env["CODEX_API_KEY"] = key
     env["CODEX_HOME"] = settings.codex_home
     env["HOME"] = settings.home
@@ -2343,6 +2347,7 @@ class CodexFinder:
 
 # What Codex 0.50 can't do: of 60 turns with an image, in every form of the command line, 48 hung.
 FIRST_WITH_IMAGES = (0, 98)
+FIRST_LIVE = (0, 98)                       # of the app-server's protocol that we speak
 MAX_IMAGES = 100                           # of a turn; the command line has to hold their names
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra",
                      "persistent")
@@ -2494,6 +2499,7 @@ TURN_OPTIONS = (
                lambda on: config_argument("sandbox_workspace_write.network_access", on)),
     TurnOption("web_search", _boolean, _web_search),
     TurnOption("output_schema", _schema, lambda file: ["--output-schema", file]),
+    TurnOption("deltas", _boolean, lambda on: [], lambda on: FIRST_LIVE if on else None),
     TurnOption("images", _images,
                lambda files: [word for file in files for word in ("--image", file)],
                lambda files: FIRST_WITH_IMAGES if files else None),
@@ -2507,7 +2513,8 @@ class TurnOptions:
     """
 
     def __init__(self, body, settings):
-        defaults = {"model": settings.model, "sandbox_mode": settings.sandbox}
+        defaults = {"model": settings.model, "sandbox_mode": settings.sandbox,
+                    "deltas": settings.deltas}
         self.arguments, self.images, self.since, self.values = [], [], {}, {}
         for option in TURN_OPTIONS:
             value = body.get(option.key, defaults.get(option.key))
@@ -2520,8 +2527,12 @@ class TurnOptions:
             self.values[option.key] = checked
             words = self.images if option.key == "images" else self.arguments
             words.extend(option.arguments(checked))
-            if option.since(checked):
+            if option.key in body and option.since(checked):
                 self.since[option.key] = option.since(checked)
+
+    def is_live(self, version):
+        """Whether the turn goes through the app-server of a Codex of that version, or None."""
+        return bool(self.values.get("deltas")) and version is not None and version >= FIRST_LIVE
 
     def write_files(self, folder):
         """Put every TurnFile into `folder`, which is made if need be, and its path in its place."""
@@ -2536,10 +2547,6 @@ class TurnOptions:
 # knows nothing of processes, logs and deadlines; it has one run of Codex, and is made anew for
 # another.
 
-MAX_STDERR_TAIL = 8 * 1024                 # bytes of Codex's stderr that are kept
-MAX_LOGGED_SKIPS = 5                       # skipped lines of a run that get a log line each
-
-
 def _well_formed(text):
     """`text` with lone surrogates, which JSON can carry and UTF-8 can't, replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -2548,29 +2555,432 @@ def _well_formed(text):
 class Exec:
     """A turn by way of `codex exec`: the message goes in, and every line that comes is an event.
 
-    `arguments` is the command line, `input` what goes to standard input before its end.
+    `arguments` is the command line.  What every driver has: `accepted`, whether the turn was begun;
+    `over`, whether nothing more is to be written, so that standard input is closed; `pending_since`
+    and `flush` for events that wait to be joined, `finish` for those that wait for the exit.
     """
+
+    accepted = True
+    over = True                             # but for the message
+    needs_key = True                        # in its environment
+    pending_since = None
 
     def __init__(self, settings, codex, options, thread_id, message):
         self.arguments = codex_arguments(settings, codex, options, thread_id)
-        self.input = _well_formed(message).encode()
+        self._message = _well_formed(message).encode()
 
-    def events(self, line):
-        """The events in a line of standard output: (type, data, value) each, the first two bytes.
-        Raises ValueError if it isn't one that a client can get."""
+    def input(self):
+        """What to write at the start."""
+        return self._message
+
+    def lines(self, line):
+        """The events in a line of standard output, (type, data, value) each, the first two bytes;
+        and what to write.  Raises ValueError if it isn't one that a client can get."""
         if not line.isascii():
             try:
                 check_utf8(line)
             except UnicodeDecodeError:
                 line = line.decode("utf-8", "replace").encode()
         try:
-            value = json_text.decode(line.decode("latin-1"))    # which has a byte a character
+            value = json_text.decode(line.decode("latin-1"))    # a byte a character
             fit = EVENT_TYPE.fullmatch(value["type"]) and value["type"] != "done"   # that is ours
         except (TypeError, KeyError, RecursionError):
             fit = False
         if not fit:
             raise ValueError("not an event")
-        return [(value["type"].encode(), line, value)]
+        return [(value["type"].encode(), line, value)], b""
+
+    def interrupt(self):
+        """What to write to have the turn interrupted: that can't be asked."""
+        return b""
+
+    def finish(self):
+        """No event waits for the exit."""
+        return []
+
+
+# ---------------------------------------------------------------------------------------------
+# Driving Codex: app-server
+# ---------------------------------------------------------------------------------------------
+# JSON-RPC over stdio, an object a line, which tells of a turn while it goes on.  Only methods and
+# notifications are used that are stable and the same in 0.98 and 0.169.
+
+DELTA_PAUSE = 0.05                         # seconds between two events with deltas, at least, but
+MAX_JOINED = 4 * 1024                      # for so many bytes, or another event that goes out
+MAX_DELTAS = 8 * 1024 * 1024               # bytes of a turn's deltas, which then end
+
+INITIALIZE, LOGIN, THREAD, TURN, INTERRUPT, STEER = range(1, 7)     # ids of requests, and more
+
+# A notification with a delta: the type of its item, and where its text goes.
+DELTAS = {"item/agentMessage/delta": ("agent_message", "text_delta"),
+          "item/reasoning/summaryTextDelta": ("reasoning", "text_delta"),
+          "item/commandExecution/outputDelta": ("command_execution", "output_delta")}
+# Items that exec says nothing of.
+SILENT = {"userMessage", "hookPrompt", "functionCallOutput", "plan", "dynamicToolCall",
+          "subAgentActivity", "imageView", "sleep", "imageGeneration", "enteredReviewMode",
+          "exitedReviewMode", "contextCompaction"}
+
+
+class Refused(Exception):
+    """The app-server doesn't take the turn, or speaks otherwise than we know; nothing was begun."""
+
+
+def _snake(name):
+    return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
+
+
+def _change(change):
+    return {"path": change["path"], "kind": change["kind"]["type"]}
+
+
+def _mcp_result(result):
+    return result and {"content": result["content"],
+                       "structured_content": result.get("structuredContent")}
+
+
+def _search(action):
+    action = {key: value for key, value in (action or {}).items() if value is not None}
+    return dict(action, type=_snake(action.get("type", "other")))
+
+
+def _agents(states):
+    return {thread_id: dict(state, status=_snake(state["status"]))
+            for thread_id, state in states.items()}
+
+
+# The items that exec tells of: their type there, and how it has what isn't just called otherwise.
+# Of the first two it tells at their end only.
+AT_THEIR_END = ("agentMessage", "reasoning")
+ITEMS = {
+    "agentMessage": ("agent_message", {"text": str}),
+    "reasoning": ("reasoning", {"summary": "\n".join}),
+    "commandExecution": ("command_execution", {
+        "command": str, "aggregatedOutput": lambda output: output or "", "exitCode": None,
+        "status": _snake}),
+    "fileChange": ("file_change", {
+        "changes": lambda changes: list(map(_change, changes)),
+        "status": lambda status: "failed" if status == "declined" else _snake(status)}),
+    "mcpToolCall": ("mcp_tool_call", {
+        "server": None, "tool": None, "arguments": None, "result": _mcp_result, "error": None,
+        "status": _snake}),
+    "webSearch": ("web_search", {"query": None, "action": _search}),
+    "collabAgentToolCall": ("collab_tool_call", {
+        "tool": _snake, "senderThreadId": None, "receiverThreadIds": None, "prompt": None,
+        "agentsStates": _agents, "status": _snake}),
+}
+
+
+def _exec_item(item, number):
+    """An item of the app-server's as exec prints it."""
+    kind, fields = ITEMS.get(item["type"]) or (
+        _snake(item["type"]), dict.fromkeys(key for key in item if key not in ("id", "type")))
+    told = {"id": number, "type": kind}
+    for key, convert in fields.items():
+        value = item.get(key)
+        told["text" if key == "summary" else _snake(key)] = convert(value) if convert else value
+    return told
+
+
+def _event(kind, **fields):
+    value = dict(type=kind, **fields)
+    return kind.encode(), json_bytes(value), value
+
+
+def _with_details(error):
+    details = error.get("additionalDetails")
+    return "%s (%s)" % (error["message"], details) if details else error["message"]
+
+
+def _request(number, method, **params):
+    """A request's line; what is None isn't set, and left out."""
+    params = {key: value for key, value in params.items() if value is not None}
+    return json_bytes({"id": number, "method": method, "params": params}) + b"\n"
+
+
+class AppServer:
+    """A turn by way of `codex app-server`.
+
+    `accepted` is whether the turn was begun: before that nothing has come of the message, and it
+    may take another way.  `over` is whether it has ended: standard input is to be closed then.
+    """
+
+    needs_key = False                       # in its environment, where the agent would see it
+
+    def __init__(self, settings, codex, options, thread_id, message):
+        env = settings.env
+        self._key = env.get("CODEX_API_KEY") or env.get("OPENAI_API_KEY")
+        self.arguments = [codex.program]
+        if env.get("OPENAI_BASE_URL"):      # 0.98 takes the variable, 0.169 only this
+            self.arguments += config_argument("openai_base_url", env["OPENAI_BASE_URL"])
+        if self._key:                       # it is written nowhere; without a key it hides a login
+            self.arguments += config_argument("cli_auth_credentials_store", "ephemeral")
+        self.arguments.append("app-server")
+        self.thread_id = thread_id
+        self.turn_id = None
+        self.over = False
+        self.steer_answers = []             # (message, None or why it was refused), to be taken
+        self.pending_since = None           # since when DELTA_PAUSE runs, if deltas wait for it
+        self._workspace = settings.workspace
+        self._options = options
+        self._message = _well_formed(message)
+        # The answer to a resume is the whole thread, 18 MB of 36, and says nothing new.
+        self._unread = (b'{"method":"codex/event/',) + (
+            (b'{"id":%d,"result":' % THREAD,) if thread_id else ())
+        self._early = []                    # events that wait for the first
+        self._asked = {INITIALIZE, LOGIN, THREAD, TURN}     # and not yet answered
+        self._interrupted = False
+        self._steers = {}                   # those without an answer
+        self._last_id = STEER
+        self._items = {}                    # that are in progress: id -> number, once it is told
+        self._told = 0                      # items
+        self._todo = None                   # the todo list's item
+        self._usage = {"input_tokens": 0, "cached_input_tokens": 0, "output_tokens": 0}
+        self._deltas = {}                   # that wait: (item's id, type, key) -> texts
+        self._joined = 0                    # bytes of them
+        self._room = MAX_DELTAS
+        self._part = None                   # the last delta's part of a reasoning's summary
+        self._flushed_at = float("-inf")    # of time.monotonic
+        self._ending = []                   # waits for the steers' answers
+
+    # What to write
+
+    @property
+    def accepted(self):
+        return self.turn_id is not None
+
+    def input(self):
+        """What to write at the start; more comes from `lines`."""
+        start = _request(INITIALIZE, "initialize", clientInfo={
+            "name": "replicas_engine", "title": "Replicas Engine", "version": "1"})
+        start += b'{"method":"initialized"}\n'
+        if self._key:           # 0.169 often fails a thread/start that comes before the answer
+            return start + _request(LOGIN, "account/login/start", type="apiKey", apiKey=self._key)
+        return start + self._open_thread()
+
+    def _open_thread(self):
+        """Start the thread, or resume it and start the turn at once, as its id is known."""
+        values = self._options.values
+        config = {"model_reasoning_effort": values.get("reasoning_effort"),
+                  "sandbox_workspace_write.network_access": values.get("network_access"),
+                  "web_search": {True: "live", False: "disabled"}.get(values.get("web_search"))}
+        config = {key: value for key, value in config.items() if value is not None}
+        params = dict(cwd=self._workspace, approvalPolicy="never", model=values.get("model"),
+                      sandbox=values.get("sandbox_mode"), config=config or None)
+        if self.thread_id is None:
+            return _request(THREAD, "thread/start", **params)
+        return _request(THREAD, "thread/resume", threadId=self.thread_id, excludeTurns=True,
+                        **params) + self._start_turn()
+
+    def _start_turn(self):
+        schema = self._options.values.get("output_schema")
+        return _request(TURN, "turn/start", threadId=self.thread_id, input=[
+            *({"type": "localImage", "path": path} for path in self._options.images[1::2]),
+            {"type": "text", "text": self._message}],
+            outputSchema=schema and json.loads(schema.data))
+
+    def interrupt(self):
+        """What to write to have the turn interrupted: nothing where that can't be asked (any more),
+        as 0.98 never answers a second time.  `over` tells when it is."""
+        if self._interrupted or self.over or not self.accepted:
+            return b""
+        self._interrupted = True
+        return _request(INTERRUPT, "turn/interrupt", threadId=self.thread_id, turnId=self.turn_id)
+
+    def steer(self, message):
+        """What to write to have the message cut in, once the turn is accepted and not over: then
+        comes `turn.steered`, or not, and always an entry in `steer_answers`."""
+        self._last_id += 1
+        self._steers[self._last_id] = _well_formed(message)
+        return _request(self._last_id, "turn/steer", threadId=self.thread_id,
+                        expectedTurnId=self.turn_id,
+                        input=[{"type": "text", "text": self._steers[self._last_id]}])
+
+    # What is read
+
+    def lines(self, line):
+        """Take a line of standard output: its events, (type, data, value) each, and what to write.
+
+        Raises Refused before the turn was accepted, and then ValueError if it isn't what we know.
+        """
+        if self.over or line.startswith(self._unread):
+            return [], b""
+        try:
+            message = json_value.decode(line.decode("utf-8", "replace"))
+            if "method" not in message:
+                events, answer = self._answered(message["id"], message)
+            elif "id" in message:           # the turn would wait for ever
+                events, answer = [], json_bytes({"id": message["id"], "error": {
+                    "code": -32601, "message": "not supported"}}) + b"\n"
+            else:
+                events = self._notified(message["method"], message.get("params") or {})
+                answer = b""
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise (ValueError if self.accepted else Refused)(
+                "the app-server printed %d bytes that we don't know: %r"
+                % (len(line), error)) from None
+        return events, answer
+
+    def finish(self):
+        """The events that are held back, once Codex has exited."""
+        ending, self._ending = self._ending, []
+        return self.flush() + ending
+
+    def _answered(self, number, message):
+        if number in self._steers:
+            return self._steer_answered(self._steers.pop(number), message.get("error")), b""
+        if number not in self._asked:
+            return [], b""
+        self._asked.discard(number)
+        if "error" in message and not self.accepted:
+            raise Refused(message["error"]["message"])
+        if number == LOGIN:
+            return [], self._open_thread()
+        if number == THREAD and self.thread_id is None:
+            self.thread_id = str(message["result"]["thread"]["id"])
+            return [], self._start_turn()
+        return self._accept(message["result"]["turn"]) if number == TURN else [], b""
+
+    def _accept(self, turn):
+        if self.accepted:
+            return []
+        self.turn_id = turn["id"]
+        return [_event("thread.started", thread_id=self.thread_id)] + self._early
+
+    def _steer_answered(self, message, error):
+        self.steer_answers.append((message, error and error["message"]))
+        events = [] if error else self.flush() + [_event("turn.steered", message=message)]
+        return events + self._end([])
+
+    def _end(self, ending):
+        """Give out the turn's ending when no message can come into it any more."""
+        self._ending += ending
+        if self._steers or not self._ending:
+            return []
+        self.over = True
+        return self.finish()
+
+    def _notified(self, method, params):
+        thread_id = params.get("threadId")
+        if thread_id and self.thread_id and thread_id != self.thread_id:    # of an agent's agent
+            return []
+        if method in DELTAS:
+            return self._delta(*DELTAS[method], params)
+        if method not in self.TAKERS:
+            return []
+        return self.flush() + self.TAKERS[method](self, params)
+
+    # Notifications
+
+    def _turn_started(self, params):
+        return self._accept(params["turn"]) + [_event("turn.started")]
+
+    def _number(self, item_id):
+        """The item's number, by the order in which they are told."""
+        if self._items.get(item_id) is None:
+            self._items[item_id] = "item_%d" % self._told
+            self._told += 1
+        return self._items[item_id]
+
+    def _item_started(self, params):
+        item = params["item"]
+        if item["type"] in SILENT:
+            return []
+        self._items[item["id"]] = None
+        if item["type"] in AT_THEIR_END:
+            return []
+        return [_event("item.started", item=_exec_item(item, self._number(item["id"])))]
+
+    def _item_completed(self, params):
+        item = params["item"]
+        if item["type"] in SILENT:
+            return []
+        told = _exec_item(item, None)
+        events = []
+        if item["type"] != "reasoning" or told["text"].strip():
+            told["id"] = self._number(item["id"])
+            events = [_event("item.completed", item=told)]
+        self._items.pop(item["id"], None)
+        return events
+
+    def _plan_updated(self, params):
+        kind = "item.updated" if self._todo else "item.started"
+        number = self._todo["id"] if self._todo else self._number("the todo list")
+        self._todo = {"id": number, "type": "todo_list", "items": [
+            {"text": step["step"], "completed": step["status"] == "completed"}
+            for step in params["plan"]]}
+        return [_event(kind, item=self._todo)]
+
+    def _usage_updated(self, params):
+        total = params["tokenUsage"]["total"]
+        self._usage = {_snake(key): total[key] for key in total if key != "totalTokens"}
+        return []
+
+    def _error(self, params):
+        return [_event("error", message=_with_details(params["error"]))]
+
+    def _warning(self, params):
+        message = params.get("message") or params["summary"]
+        item = {"id": self._number("a warning"), "type": "error", "message": message}
+        del self._items["a warning"]
+        events = [_event("item.completed", item=item)]
+        if self.accepted:
+            return events
+        self._early += events
+        return []
+
+    def _turn_completed(self, params):
+        turn = params["turn"]
+        if turn["id"] != self.turn_id:
+            return []
+        events = [_event("item.completed", item=self._todo)] if self._todo else []
+        if turn["status"] == "completed":
+            return self._end(events + [_event("turn.completed", usage=self._usage)])
+        error = turn.get("error") or {"message": "The turn was %s" % turn["status"]}
+        return self._end(events + [_event("turn.failed", error={"message": _with_details(error)})])
+
+    TAKERS = {"turn/started": _turn_started, "item/started": _item_started,
+              "item/completed": _item_completed, "turn/plan/updated": _plan_updated,
+              "thread/tokenUsage/updated": _usage_updated, "error": _error,
+              "warning": _warning, "deprecationNotice": _warning,
+              "turn/completed": _turn_completed}
+
+    # Deltas
+
+    def _delta(self, kind, key, params):
+        item_id, text = params["itemId"], params["delta"]
+        part = (item_id, params.get("summaryIndex"))
+        if part[1] is not None:
+            if self._part and self._part != part and self._part[0] == item_id:
+                text = "\n" + text          # as the item's text will have it
+            self._part = part
+        size = len(text.encode("utf-8", "replace"))
+        self._room -= size
+        if self._room < 0 or item_id not in self._items:
+            return []
+        self._deltas.setdefault((item_id, kind, key), []).append(text)
+        self._joined += size
+        if self._joined >= MAX_JOINED or time.monotonic() - self._flushed_at >= DELTA_PAUSE:
+            return self.flush()
+        self.pending_since = self._flushed_at
+        return []
+
+    def flush(self):
+        """The events with the deltas that wait: to be called DELTA_PAUSE after `pending_since`."""
+        if not self._deltas:
+            return []
+        deltas, self._deltas, self._joined = self._deltas, {}, 0
+        self._flushed_at, self.pending_since = time.monotonic(), None
+        return [_event("item.delta", item={
+            "id": self._number(item_id), "type": kind, key: "".join(texts)})
+            for (item_id, kind, key), texts in deltas.items()]
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs of Codex
+# ---------------------------------------------------------------------------------------------
+
+MAX_STDERR_TAIL = 8 * 1024                 # bytes of Codex's stderr that are kept
+MAX_LOGGED_SKIPS = 5                       # skipped lines of a run that get a log line each
 
 
 class Alarm:
@@ -2623,13 +3033,14 @@ class CodexRun:
         self.events = []                    # that came and were not taken yet
         self.stderr = b""                   # its end
         self.skipped = 0                    # lines that were no events
-        self._input = memoryview(driver.input)
+        self.refused = None                 # why the driver's way can't be gone, if it can't
+        self._input = bytearray(driver.input())     # that is still to be written
         self._line = bytearray()            # a line whose end is still to come
         self._too_long = False              # its beginning was thrown away
         self.child = start_process(
             driver.arguments, processes, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, bufsize=0, cwd=settings.workspace,
-            env=codex_environment(settings, codex, processes.mark))
+            env=codex_environment(settings, codex, processes.mark, driver.needs_key))
         self.streams = (self.child.stdin, self.child.stdout, self.child.stderr)
         self._selector = selectors.DefaultSelector()
         try:
@@ -2658,10 +3069,16 @@ class CodexRun:
 
     def exchange(self, seconds):
         """Write and read what can be, and wait for that or the alarm `seconds` at most."""
+        driver = self.driver
+        if driver.pending_since is not None:
+            seconds = min(seconds, max(0, driver.pending_since + DELTA_PAUSE - time.monotonic()))
         for key, _ in self._selector.select(seconds):
             if not key.data():
                 self._selector.unregister(key.fileobj)
                 key.fileobj.close()
+        if (driver.pending_since is not None
+                and time.monotonic() >= driver.pending_since + DELTA_PAUSE):
+            self.events += driver.flush()
 
     def hold_back(self, holding):
         """Read no events while `holding`, so that Codex waits and memory doesn't fill; whether that
@@ -2680,15 +3097,25 @@ class CodexRun:
         events, self.events = self.events, []
         return events
 
+    def send(self, data):
+        """Write to Codex, now or when the pipe takes it."""
+        self._input += data
+        stdin = self.child.stdin
+        if not stdin.closed and stdin not in self._selector.get_map():
+            self._selector.register(stdin, selectors.EVENT_WRITE, self._write_input)
+
     def _write_input(self):
-        """Write as much as the pipe takes; False when there is nothing more to write."""
+        """Write as much as the pipe takes; False when nothing more will be written."""
         try:
-            written = os.write(self.child.stdin.fileno(), self._input[:READ_SIZE])
+            written = os.write(self.child.stdin.fileno(), memoryview(self._input)[:READ_SIZE])
         except BlockingIOError:
             return True
         except OSError:                     # Codex doesn't want it: its exit will tell
             return False
         self._input = self._input[written:]
+        if not self._input and not self.driver.over:
+            self._selector.unregister(self.child.stdin)     # until there is more
+            return True
         return len(self._input) > 0
 
     def _read_stderr(self):
@@ -2723,8 +3150,13 @@ class CodexRun:
         try:
             if too_long:
                 raise ValueError("longer than %d bytes" % MAX_EVENT)
-            if line:
-                self.events += self.driver.events(line)
+            if line and not self.refused:
+                events, answer = self.driver.lines(line)
+                self.events += events
+                if answer or self.driver.over:      # which closes standard input
+                    self.send(answer)
+        except Refused as error:
+            self.refused = str(error)
         except ValueError as error:
             self.skip(error if too_long else "not an event: %d bytes" % len(line))
 
@@ -2744,6 +3176,7 @@ class CodexRun:
                     break
         self._take_line(bytes(self._line).strip(b" \t\r"))
         self._line = bytearray()
+        self.events += self.driver.finish()
 
     def how_it_ended(self):
         """In words for a turn's failure."""
@@ -2770,6 +3203,8 @@ class CodexRun:
 # Turn
 # ---------------------------------------------------------------------------------------------
 
+ASK_PATIENCE = 1.0                         # seconds that Codex has to interrupt a turn by itself
+ACCEPT_PATIENCE = 30.0                     # seconds that an app-server has to take a turn
 EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
 DISK_PATIENCE = 1.0                        # seconds between two tries to write to a full disk
 LOOK_INTERVAL = 5.0                        # seconds between two looks at the deadlines, at most
@@ -2833,6 +3268,7 @@ class Turn:
         # The stopper's
         self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None when there are none
         self._is_stopping = False
+        self._asked_until = 0.0             # Codex was asked to end the turn, and has until then
         self._stopped = threading.Event()
 
     # For any thread but its own
@@ -2863,12 +3299,12 @@ class Turn:
         self.ready.set()
         try:
             self._relay()
+            if self._is_refused():
+                self._relay_again(self.thread_id, "codex app-server doesn't take the turn, so exec "
+                                  "does: %s" % (self.run.refused or self.run.how_it_ended()))
             if self._is_thread_unknown():
-                logger.warning("turn %d: Codex doesn't know thread %s any more: the message goes "
-                               "to a new one", self.id, self.thread_id)
-                self.run.close()
-                self._launch(None)
-                self._relay()
+                self._relay_again(None, "Codex doesn't know thread %s any more: the message goes "
+                                  "to a new one" % self.thread_id)
         except Exception:                   # a bug, but no reason to leave Codex running
             logger.exception("turn %d: the engine failed", self.id)
             self.left = self._stop_all(self.run.processes)
@@ -2889,7 +3325,8 @@ class Turn:
         threading.Thread(target=self._stop_when_told, name="stop turn %d" % self.id,
                          daemon=True).start()
         with explained("Codex can't be started", "see CODEX_PATH"):
-            self._launch(self.thread_id)
+            self._launch(self.thread_id, self.options.is_live(version_numbers(
+                self.runner.finder.version(self.codex))))
         with explained("The turn's log can't be written", make_room):
             self.log = self.runner.create_log(self)
         self.run.exchange(0)                # Codex gets its prompt
@@ -2904,12 +3341,22 @@ class Turn:
         return {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
                 "version": self.runner.finder.version(self.codex), **self.run.processes.saved()}
 
-    def _launch(self, thread_id):
+    def _launch(self, thread_id, live):
         """Start Codex on the thread, or on a new one."""
-        driver = Exec(self.settings, self.codex, self.options, thread_id, self.message)
+        driver = (AppServer if live else Exec)(
+            self.settings, self.codex, self.options, thread_id, self.message)
         self.run = CodexRun(driver, self.settings, self.codex,
                             TurnProcesses.create(self.mark), self.alarm)
         self.progress_at = time.monotonic()
+
+    def _relay_again(self, thread_id, why):
+        """Have another run of Codex take the message, of which the last one took nothing."""
+        logger.warning("turn %d: %s", self.id, why)
+        self.left = self._stop_all(self.run.processes)      # it may hold the thread
+        self.run.exited.wait()
+        self.run.close()
+        self._launch(thread_id, live=False)
+        self._relay()
 
     def _not_started(self, error):
         """Nothing was begun: clean up, and let whoever waits know why."""
@@ -2926,7 +3373,8 @@ class Turn:
         """Let Codex have its prompt and publish what it prints, until it has exited and all of that
         is in the log, or the turn was stopped."""
         run = self.run
-        while not self._stopped.is_set() and not (run.exited.is_set() and self.log.flush()):
+        while not (self._stopped.is_set() or run.refused
+                   or run.exited.is_set() and self.log.flush()):
             self._hold_back(not self.log.flush())
             self._exchange()
             if self.stop_code:
@@ -2954,8 +3402,15 @@ class Turn:
             self.runner.stop(self, "stalled")
 
     def _stop(self):
-        """Have the stopper begin; not if the turn has ended by itself and that is in the log."""
-        if not self._is_stopping and not (self.terminal and self.log.flush()):
+        """Have the stopper begin, when Codex was asked and had its time; not if the turn has ended
+        by itself and that is in the log."""
+        if self._is_stopping or self.terminal and self.log.flush():
+            return
+        request, now = self.run.driver.interrupt(), time.monotonic()
+        if request:
+            self.run.send(request)
+            self._asked_until = now + ASK_PATIENCE
+        if now >= self._asked_until or self.run.driver.over:
             self._is_stopping = True
             self._orders.put(self.run.processes)
 
@@ -2981,6 +3436,8 @@ class Turn:
         waits = [DISK_PATIENCE if holding else LOOK_INTERVAL]
         if self._is_stopping:
             return waits[0]
+        if self._asked_until:
+            return min(waits[0], max(0.0, self._asked_until - time.monotonic()))
         now, deadlines = time.monotonic(), []
         if self.terminal:
             patience = INTERRUPT_PATIENCE if self.stop_code else EXIT_PATIENCE
@@ -2989,6 +3446,8 @@ class Turn:
             deadlines.append((self.timed_from + self.settings.turn_timeout, "timeout"))
         if self.settings.idle_timeout and not (self.items or self.terminal or holding):
             deadlines.append((self.progress_at + self.settings.idle_timeout, "stalled"))
+        if not self.run.driver.accepted:
+            deadlines.append((self.progress_at + ACCEPT_PATIENCE, "refused"))
         for deadline, code in deadlines:
             if now >= deadline:
                 self._too_late(code)
@@ -3000,6 +3459,8 @@ class Turn:
         if code is None:                    # the turn has ended by itself: what it left may stay
             logger.warning("turn %d: Codex doesn't exit and is killed", self.id)
             self.run.processes.kill_codex()
+        elif code == "refused":
+            self.run.refused = "no answer for %g seconds" % ACCEPT_PATIENCE
         else:
             self.runner.stop(self, code)
 
@@ -3061,6 +3522,10 @@ class Turn:
                "turn.completed": _turn_ended, "turn.failed": _turn_ended}
 
     # Its end
+
+    def _is_refused(self):
+        """Whether the app-server has not taken the message, so that exec may."""
+        return not self.stop_code and not self.run.driver.accepted
 
     def _is_thread_unknown(self):
         """Whether Codex said nothing but that it doesn't know the thread."""

@@ -1,0 +1,142 @@
+"""Live turns through the engine: deltas, the way back to exec, interrupts, the key."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from harness import check_stream, is_alive, read_events, script, wait_for
+
+BEGIN = {"thread": "resume"}
+
+
+def at_requests(engine, **steps):
+    """What the app-server does at a request; `_` stands for a slash."""
+    with open(os.path.join(engine.codex_home, "stand_in_app_server.json"), "w") as file:
+        json.dump({method.replace("_", "/"): what for method, what in steps.items()}, file)
+
+
+def types(events):
+    return [event.type for event in events]
+
+
+def test_deltas_lie_between_the_events_of_exec(engine):
+    plain = engine.send("Say something long")
+    live = engine.send("Say something long", deltas=True)
+    assert "item.delta" in types(live) and "item.delta" not in types(plain)
+    rest = [event for event in live if event.type != "item.delta"]
+    assert types(rest) == types(plain)
+    assert [event.json().get("item") for event in rest] == [
+        event.json().get("item") for event in plain]
+    item = plain[-3].json()["item"]
+    deltas = [event.json()["item"] for event in live if event.type == "item.delta"]
+    assert "".join(delta["text_delta"] for delta in deltas) == item["text"]
+    assert {delta["id"] for delta in deltas} == {item["id"]}
+    assert live[0].json()["thread_id"] == plain[0].json()["thread_id"]
+
+
+def test_the_same_events_for_who_comes_later_or_after_kill_9(engine):
+    turn = engine.start_turn(script(BEGIN, {"say": "some words, one by one"}, {"sleep": 120}),
+                             deltas=True)
+    wait_for(lambda: engine.status()["turn"]["last_event_id"] not in (None, "%d.1" % turn))
+    with_reader, response = engine.open("GET", "/codex/events")
+    seen = []
+    for event in read_events(response):
+        seen.append(event)
+        if event.type == "item.completed":
+            break
+    with_reader.close()
+    engine.kill()
+    engine.start()
+    events = check_stream(engine.events(turn))
+    assert events[:len(seen)] == seen and "item.delta" in types(seen)
+    assert engine.events(turn, after=seen[2].id) == events[3:]
+    assert events[-2].json()["error"]["code"] == "engine_restarted"
+
+
+@pytest.mark.parametrize("steps", [
+    {"initialize": [{"exit": 1}]}, {"initialize": [{"answer": {"error": {
+        "code": -32600, "message": "not you"}}}]},
+    {"thread_start": [{"answer": {"error": {"code": -32603, "message": "no"}}}]},
+    {"thread_start": [{"kill": "SIGKILL"}]}, {"thread_start": [{"line": "hello"}, {"exit": 0}]}],
+    ids=["it exits", "it refuses", "no thread", "it is killed", "it speaks otherwise"])
+def test_a_message_that_the_app_server_does_not_take_goes_to_exec(engine, steps):
+    at_requests(engine, **steps)
+    events = engine.send("Hello", deltas=True)
+    assert types(events) == ["thread.started", "turn.started", "item.completed", "turn.completed",
+                             "done"]
+    assert engine.prompts()[-1] == "Hello"
+    assert "warning turn 1: codex app-server doesn't take the turn, so exec does" in engine.log()
+
+
+def test_an_app_server_that_never_answers(constants):
+    engine = constants(ACCEPT_PATIENCE=1.0)
+    at_requests(engine, initialize=[])
+    assert engine.send("Hello", deltas=True)[-2].type == "turn.completed"
+    assert "no answer for 1 seconds" in engine.log()
+
+
+def test_its_end_after_the_turn_was_taken_is_that_of_the_turn(engine):
+    events = engine.send(script(BEGIN, {"say": "x"}, {"exit": 3}), deltas=True)
+    assert events[-2].json()["error"]["code"] == "exited"
+    assert "status 3" in events[-2].json()["error"]["message"]
+    assert len(engine.calls()) == 0         # exec was not started
+
+
+def test_an_interrupt_asks_first_and_leaves_nothing(engine, tmp_path):
+    pids = str(tmp_path / "pids")
+    turn = engine.start_turn(script(BEGIN, {"say": "x"}, {"spawn": {
+        "argv": ["sleep", "120"], "session": True, "pidfile": pids}}, {"sleep": 120}), deltas=True)
+    wait_for(lambda: os.path.exists(pids) and os.path.getsize(pids))
+    assert engine.post("/codex/interrupt").json() == {
+        "success": True, "interrupted": True, "turn_id": turn}
+    events = check_stream(engine.events(turn))
+    assert events[-2].json()["error"]["code"] == "interrupted"
+    with open(pids) as file:
+        assert not any(is_alive(int(pid)) for pid in file.read().split())
+    assert any(json.loads(call["read"]).get("method") == "turn/interrupt"
+               for call in engine._stand_in_log() if str(call.get("read", "")).startswith("{"))
+    assert engine.send("And on", deltas=True)[-2].type == "turn.completed"
+
+
+def test_a_codex_that_does_not_obey(engine):
+    turn = engine.start_turn(script({"ignore": ["SIGINT", "SIGTERM"]}, {"say": "x"},
+                                    {"sleep": 120}), deltas=True)
+    at_requests(engine, turn_interrupt=[])
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    assert engine.post("/codex/interrupt").json()["interrupted"] is True
+    assert engine.events(turn)[-2].json()["error"]["code"] == "interrupted"
+
+
+def test_the_key_is_not_in_its_environment(make_engine):
+    engine = make_engine(OPENAI_API_KEY="sk-of-the-test")
+    engine.send("Hello", deltas=True)
+    starts = [call for call in engine._stand_in_log() if "app-server" in call.get("argv", ())]
+    assert starts and not any("sk-of-the-test" in json.dumps(call["env"]) for call in starts)
+    assert not any("sk-of-the-test" in json.dumps(call["argv"]) for call in starts)
+    engine.send("Hello")
+    assert engine.calls()[-1]["env"]["CODEX_API_KEY"] == "sk-of-the-test"
+
+
+def test_a_codex_that_cannot(make_engine):
+    engine = make_engine(STAND_IN_CODEX_VERSION="0.50.0")
+    answer = engine.post("/codex/send", {"message": "Hello", "deltas": True})
+    assert answer.status == 400 and "deltas" in answer.json()["error"]
+    assert engine.send("Hello", deltas=False)[-2].type == "turn.completed"
+
+
+def test_every_turn_live_where_codex_can(make_engine):
+    engine = make_engine(REPLICAS_ENGINE_DELTAS="1")
+    assert "item.delta" in types(engine.send("Hello there"))
+    assert "item.delta" not in types(engine.send("Hello there", deltas=False))
+    old = make_engine("old", REPLICAS_ENGINE_DELTAS="1", STAND_IN_CODEX_VERSION="0.50.0")
+    assert "item.delta" not in types(old.send("Hello there"))
+
+
+def test_sigterm_in_a_live_turn(engine):
+    turn = engine.start_turn(script({"say": "x"}, {"sleep": 120}), deltas=True)
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    assert engine.stop(signal.SIGTERM) == 0
+    engine.start()
+    assert engine.events(turn)[-2].json()["error"]["code"] == "shutdown"
