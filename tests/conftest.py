@@ -1,6 +1,7 @@
 """Fixtures: engines, what tests need of the machine, and what no test may leave behind."""
 
 import functools
+import importlib
 import os
 import shutil
 import signal
@@ -70,6 +71,14 @@ def need(*needs):
     for what in needs:
         if lacks(what):
             unavailable(lacks(what))
+
+
+def need_module(name):
+    """The module, which is from PyPI; without it the test is skipped."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return unavailable("%s is not installed" % name)
 
 
 def real_codex(version):

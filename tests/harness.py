@@ -21,8 +21,9 @@ SECRET = "correct horse battery staple"
 CODEX_VERSIONS = os.environ.get("CODEX_VERSIONS", "0.169.0 0.98.0 0.50.0").split()
 PATIENCE = 60.0                     # seconds until a condition that must come has failed to
 
-# The engine with other values for some of the module's constants: NAME=VALUE ...
-WITH_CONSTANTS = """\
+# The engine from cached bytecode, as the service runs it (a script is compiled at every start), and
+# with other values for some of the module's constants: NAME=VALUE ...
+ENGINE = """\
 import sys
 sys.path.insert(0, %r)
 import replicas_engine
@@ -144,12 +145,11 @@ class Answer:
 class Engine:
     """An engine as a process of its own, with a home, a CODEX_HOME and a workspace of its own."""
 
-    program = [sys.executable, "-W", "error", MODULE]
+    program = [sys.executable, "-W", "error", "-c", ENGINE]
 
     def __init__(self, folder, constants=None, **env):
         if constants:
-            self.program = [sys.executable, "-W", "error", "-c", WITH_CONSTANTS] + [
-                "%s=%s" % pair for pair in sorted(constants.items())]
+            self.program = Engine.program + ["%s=%s" % pair for pair in sorted(constants.items())]
         self.folder = str(folder)
         self.home = os.path.join(self.folder, "home")
         self.codex_home = os.path.join(self.home, ".codex")

@@ -17,13 +17,7 @@ import pytest
 
 import replicas_engine
 
-try:
-    import hypothesis
-    from hypothesis import strategies as st
-except ImportError:
-    hypothesis = None
-
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "8"))
 ROUND = 50                          # requests between two looks at the clock
 RELATIVES = 20                      # cases made of each
 
@@ -390,7 +384,7 @@ FRAGMENTS = [
     b"x" * 8180, b"\r\n" * 3]
 
 
-def strategies():
+def strategies(st):
     """Valid requests, and soups, as lists of their parts."""
     def text(alphabet, **sizes):
         return st.text(alphabet, **sizes).map(lambda value: value.encode("latin-1"))
@@ -488,12 +482,11 @@ def test_limits_agree(size):
 
 
 def test_fuzz():
-    if hypothesis is None:
-        conftest.unavailable("hypothesis is not installed")
+    hypothesis = conftest.need_module("hypothesis")
     home = tempfile.mkdtemp()
     try:
         hypothesis.configuration.set_hypothesis_home_dir(home)
-        cases = fuzz(time.monotonic() + SECONDS)
+        cases = fuzz(hypothesis, time.monotonic() + SECONDS)
     finally:
         shutil.rmtree(home, ignore_errors=True)
     if os.environ.get("FUZZ_COUNT"):
@@ -502,9 +495,9 @@ def test_fuzz():
     assert cases[0] >= ROUND and cases[1] > 0
 
 
-def fuzz(deadline):
+def fuzz(hypothesis, deadline):
     """Rounds until the deadline: (cases, how many of them were requests)."""
-    requests, seeds = strategies()
+    requests, seeds = strategies(hypothesis.strategies)
     counts = [0, 0]
 
     @hypothesis.settings(max_examples=ROUND, deadline=None, database=None, print_blob=True,

@@ -1,6 +1,5 @@
 """The application under other WSGI servers: it is plain PEP 3333."""
 
-import importlib.util
 import os
 import re
 import signal
@@ -24,8 +23,7 @@ SERVERS = {
 @pytest.fixture(params=sorted(SERVERS))
 def served(request, make_engine):
     """An engine in which somebody else's server serves the application."""
-    if importlib.util.find_spec(request.param) is None:
-        conftest.unavailable("%s is not installed" % request.param)
+    conftest.need_module(request.param)
     engine = make_engine(start=False, PYTHONPATH=harness.ROOT)
     with open(engine.log_path, "wb") as log_file:
         engine.process = subprocess.Popen([sys.executable] + SERVERS[request.param],
