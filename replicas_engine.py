@@ -42,9 +42,9 @@ is an orphan, ring an alarm.
 
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Turn log, Event stream and results,
-Processes, Rollouts and history, Codex, Turn options, Driving Codex: exec, Turn, State directory,
-CodexRunner, Application, HTTP grammar, Connection and bodies, Answer, Request handler, WSGI server,
-systemd, Check, Command line.
+Processes, Control groups, A turn's processes, Rollouts and history, Codex, Turn options, Driving
+Codex: exec, Turn, State directory, CodexRunner, Application, HTTP grammar, Connection and bodies,
+Answer, Request handler, WSGI server, systemd, Check, Command line.
 
 Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
 setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
@@ -1583,32 +1583,17 @@ def command_of(pid):
 
 
 # ---------------------------------------------------------------------------------------------
-# A turn's processes
+# Control groups
 # ---------------------------------------------------------------------------------------------
-# Which are they?  Where the service manager delegates its control group to the engine, the kernel
-# tells: a turn has a group of its own, and whatever its processes do, their children are in it too.
-# Elsewhere there is no one thing that tells.  Codex gives every command a session of its own (0.98
-# and newer) or none (0.50), and whatever loses its parent leaves the tree.  Three things together
-# do.  The engine is the subreaper of its descendants (prctl(2)): while it lives, an orphan that is
-# younger than Codex is its child and the turn's, but for those of earlier turns.  No session is
-# shared by two turns.  And all descendants inherit a variable, unless they drop it, by which a
-# later engine finds them and this one tells the turns apart.
-#
-# Over is what the kernel says is over: Codex was waited for, the control group isn't populated, or
-# a look shows nobody and every known process group answers ESRCH.
+# Version 2 of them, cgroups(7).  Where the service manager delegates its control group to the engine
+# (in the unit: Delegate=yes), or root runs it, every turn has one of its own below that.  Whatever
+# its processes do, their children are in it too, and the kernel kills and counts them all at once.
 
-INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its ending down
-TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
-KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
-PROCESS_POLL = 0.02                        # seconds between two looks
 CGROUP_TREES = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")     # of version 2; hybrid machines
-
-_marks = set()                             # of the turns that this engine ran
-_old_sessions = set()                      # that there were when the last one ended and left some
 
 
 def own_cgroup():
-    """The folder of our own control group (version 2, cgroups(7)), or None."""
+    """The folder of our own control group, or None."""
     with contextlib.suppress(OSError):
         for line in (_look(_read, "/proc/self/cgroup") or b"").splitlines():
             for tree in CGROUP_TREES if line.startswith(b"0::/") else ():
@@ -1706,6 +1691,29 @@ class ControlGroup:
         for folder, _, _ in os.walk(self.folder, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# A turn's processes
+# ---------------------------------------------------------------------------------------------
+# Which are they?  Where the turn has a control group, the kernel tells.  Elsewhere there is no one
+# thing that does: Codex gives every command a session of its own (0.98 and newer) or none (0.50),
+# and whatever loses its parent leaves the tree.  Three things together do.  The engine is the
+# subreaper of its descendants (prctl(2)): while it lives, an orphan that is younger than Codex is
+# its child and the turn's, but for those of earlier turns.  No session is shared by two turns.  And
+# all descendants inherit a variable, unless they drop it, by which a later engine finds them and
+# this one tells the turns apart.
+#
+# Over is what the kernel says is over: Codex was waited for, the control group isn't populated, or
+# a look shows nobody and every known process group answers ESRCH.
+
+INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its ending down
+TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
+KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
+PROCESS_POLL = 0.02                        # seconds between two looks
+
+_marks = set()                             # of the turns that this engine ran
+_old_sessions = set()                      # that there were when the last one ended and left some
 
 
 def _wait(condition, patience):
