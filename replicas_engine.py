@@ -42,9 +42,9 @@ is an orphan, ring an alarm.
 
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Turn log, Event stream and results,
-Processes, Rollouts and history, Codex, Turn options, Driving Codex: exec, Turn, State directory,
-CodexRunner, Application, HTTP grammar, Connection and bodies, Answer, Request handler, WSGI server,
-systemd, Check, Command line.
+Processes, Control groups, A turn's processes, Rollouts and history, Codex, Turn options, Driving
+Codex: exec, Turn, State directory, CodexRunner, Application, HTTP grammar, Connection and bodies,
+Answer, Request handler, WSGI server, systemd, Check, Command line.
 
 Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
 setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
@@ -1448,32 +1448,17 @@ def turn_result(turn_log):
 # ---------------------------------------------------------------------------------------------
 # Processes
 # ---------------------------------------------------------------------------------------------
-# Which processes are a turn's?  Codex gives every command a session of its own (0.98 and newer)
-# or none (0.50), and whatever loses its parent leaves the tree, so neither process group nor tree
-# tells by itself.  Three things together do.  The engine is the subreaper of its descendants
-# (prctl(2)): while it lives, an orphan that is younger than Codex is its child and the turn's, but
-# for those of earlier turns.  No session is shared by two turns.  And all descendants inherit a
-# variable, unless they drop it, by which a later engine finds them and this one tells the turns
-# apart.  Signals go to process groups, lest somebody who forks all the time is a new process before
-# each arrives.
-#
-# Nobody is gone because a look didn't show him: Codex is when it was waited for, a process group
-# when kill(2) says ESRCH, and a look that fails is an OSError.
+# A child that the engine waits for, an orphan that becomes its child, and a look at all others in
+# /proc (proc(5)).  A look that fails is an OSError: who can't see doesn't see that nobody is there.
 
 MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
 PR_SET_CHILD_SUBREAPER = 36                # <linux/prctl.h>
-INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its ending down
-TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
-KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
-PROCESS_POLL = 0.02                        # seconds between two looks at the process table
 MAX_COMMAND = 200                          # characters of a command line that are told
 
 # Guards what follows; held while a child of ours is started, so that it is known when it is seen,
-# while orphans are reaped, and during a look at the process table.
+# while orphans are reaped, and while the process table is looked at for a turn's processes.
 _starting = threading.Lock()
 _own_children = set()                      # pids that somebody else waits for
-_marks = set()                             # of the turns that this engine ran
-_old_sessions = set()                      # that there were when the last one ended and left some
 _reaped = 0                                # how many orphans were
 _spare = []                                # a descriptor to be given up for a look
 
@@ -1534,19 +1519,24 @@ def kill_children():
 Process = collections.namedtuple("Process", "parent group session state started_ticks")
 
 
-def _in_proc(call, path):
-    """call(path) for a path in /proc, if need be with the descriptor that is kept for this; None
-    if the process is gone or hides it.  Raises OSError if that can't be told."""
+def _with_spare(call, path):
+    """call(path), if need be with the descriptor that is kept for this.  Raises OSError."""
     try:
-        try:
-            if not _spare:
-                _spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-            return call(path)
-        except OSError as error:
-            if error.errno != errno.EMFILE or not _spare:
-                raise
-            os.close(_spare.pop())
-            return call(path)
+        if not _spare:
+            _spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        return call(path)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _spare:
+            raise
+        os.close(_spare.pop())
+        return call(path)
+
+
+def _look(call, path):
+    """call(path), or None if there is no such file any more, or not for us.  Raises OSError if that
+    can't be told."""
+    try:
+        return _with_spare(call, path)
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
 
@@ -1560,7 +1550,7 @@ def process(pid):
     """The Process that has the pid now, from /proc/<pid>/stat (proc(5)), or None if none is seen.
     Its `started_ticks` tell it from others with the same pid: clock ticks since the machine's
     boot.  Raises OSError."""
-    line = _in_proc(_read, "/proc/%d/stat" % pid)
+    line = _look(_read, "/proc/%d/stat" % pid)
     if not line:
         return None
     fields = line[line.rindex(b")") + 2:].split()
@@ -1569,7 +1559,7 @@ def process(pid):
 
 def processes():
     """(pid, Process) of all that are seen.  Raises OSError."""
-    for name in reversed(_in_proc(os.listdir, "/proc") or ()):  # the newest may be gone the soonest
+    for name in reversed(_look(os.listdir, "/proc") or ()):  # the newest may be gone the soonest
         entry = process(int(name)) if name.isdigit() else None
         if entry:
             yield int(name), entry
@@ -1578,20 +1568,167 @@ def processes():
 def lives(pid, entry):
     """Whether it is no zombie: a process whose first thread has ended only looks like one."""
     return (entry.state not in (b"Z", b"X")
-            or len(_in_proc(os.listdir, "/proc/%d/task" % pid) or ()) > 1)
+            or len(_look(os.listdir, "/proc/%d/task" % pid) or ()) > 1)
 
 
 def marks_of(pid):
     """The marks in the environment with which a process was started."""
-    environment = b"\0" + (_in_proc(_read, "/proc/%d/environ" % pid) or b"")
+    environment = b"\0" + (_look(_read, "/proc/%d/environ" % pid) or b"")
     return {value.decode("ascii", "replace")
             for value in re.findall(b"\0" + MARK.encode() + b"=([^\0]*)", environment)}
 
 
 def command_of(pid):
     """The beginning of its command line, or None."""
-    words = (_in_proc(_read, "/proc/%d/cmdline" % pid) or b"").rstrip(b"\0").split(b"\0")
+    words = (_look(_read, "/proc/%d/cmdline" % pid) or b"").rstrip(b"\0").split(b"\0")
     return b" ".join(words).decode("utf-8", "replace")[:MAX_COMMAND] or None
+
+
+# ---------------------------------------------------------------------------------------------
+# Control groups
+# ---------------------------------------------------------------------------------------------
+# Version 2 of them, cgroups(7).  Where the service manager delegates its control group to the engine
+# (in the unit: Delegate=yes), or root runs it, every turn has one of its own below that.  Whatever
+# its processes do, their children are in it too, and the kernel kills and counts them all at once.
+
+CGROUP_TREES = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")     # of version 2; hybrid machines
+
+
+def own_cgroup():
+    """The folder of our own control group, or None."""
+    with contextlib.suppress(OSError):
+        for line in (_look(_read, "/proc/self/cgroup") or b"").splitlines():
+            for tree in CGROUP_TREES if line.startswith(b"0::/") else ():
+                folder = (tree + os.fsdecode(line[3:])).rstrip("/")
+                if b"%d" % os.getpid() in (_look(_read, folder + "/cgroup.procs") or b"").split():
+                    return folder
+    return None
+
+
+class ControlGroup:
+    """A turn's control group: a folder below our own."""
+
+    PREFIX = "replicas-turn-"
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @classmethod
+    def make(cls, turn_id, mark):
+        """A new one, or None where that is not for us."""
+        parent = own_cgroup()
+        if parent is None:
+            return None
+        folder = "%s/%s%d-%s" % (parent, cls.PREFIX, turn_id, mark)
+        try:
+            os.mkdir(folder)
+        except FileExistsError:             # the turn's first Codex was in it
+            pass
+        except OSError:
+            return None
+        return cls(folder)
+
+    @classmethod
+    def saved(cls, folder, mark):
+        """The one that a log tells of, if it is that turn's and still there, or None."""
+        pattern = r"/sys/fs/cgroup/(?:[^/]+/)*%s[0-9]+-%s" % (cls.PREFIX, re.escape(mark))
+        if (isinstance(folder, str) and re.fullmatch(pattern, folder)
+                and os.path.normpath(folder) == folder and os.path.isdir(folder)):
+            return cls(folder)
+        return None
+
+    def _write(self, name, text):
+        fd = _with_spare(functools.partial(os.open, flags=os.O_WRONLY | os.O_CLOEXEC),
+                         os.path.join(self.folder, name))       # not open(), which would create it
+        try:
+            os.write(fd, text)
+        finally:
+            os.close(fd)
+
+    def add(self, pid):
+        """Put a process in, and what it has started already: a script may be quick.  Raises OSError
+        if it doesn't go."""
+        self._write("cgroup.procs", b"%d" % pid)
+        for thread in _look(os.listdir, "/proc/%d/task" % pid) or ():
+            children = _look(_read, "/proc/%d/task/%s/children" % (pid, thread)) or b""
+            for child in map(int, children.split()):
+                with contextlib.suppress(ProcessLookupError):
+                    self.add(child)
+
+    def pids(self):
+        """Of what lives in it and in the groups that this has made below.  Raises OSError."""
+        found = set()
+        for folder in [self.folder] + [path for path, _, _ in os.walk(self.folder)][1:]:
+            with contextlib.suppress(OSError):      # a threaded one: its domain tells them
+                found.update(map(int, (_look(_read, folder + "/cgroup.procs") or b"").split()))
+        return found
+
+    def is_empty(self):
+        """Whether nothing lives in it any more.  Raises OSError."""
+        events = _look(_read, self.folder + "/cgroup.events")
+        return b"populated 0" in events.splitlines() if events is not None else (
+            not os.path.isdir(self.folder))
+
+    def kill(self):
+        """SIGKILL to all at once.  Raises OSError."""
+        try:
+            self._write("cgroup.kill", b"1")
+        except FileNotFoundError:           # before Linux 5.14: lest they fork meanwhile
+            with contextlib.suppress(OSError):
+                self._write("cgroup.freeze", b"1")
+            for pid in self.pids():
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                self._write("cgroup.freeze", b"0")
+
+    @classmethod
+    def all_in(cls, parent):
+        """Those of all turns in a folder."""
+        return [cls(os.path.join(parent, name)) for name in list_folder(parent)
+                if name.startswith(cls.PREFIX)]
+
+    def remove(self):
+        """Remove it, unless something lives in it."""
+        for folder, _, _ in os.walk(self.folder, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# A turn's processes
+# ---------------------------------------------------------------------------------------------
+# Which are they?  Where the turn has a control group, the kernel tells.  Elsewhere there is no one
+# thing that does: Codex gives every command a session of its own (0.98 and newer) or none (0.50),
+# and whatever loses its parent leaves the tree.  Three things together do.  The engine is the
+# subreaper of its descendants (prctl(2)): while it lives, an orphan that is younger than Codex is
+# its child and the turn's, but for those of earlier turns.  No session is shared by two turns.  And
+# all descendants inherit a variable, unless they drop it, by which a later engine finds them and
+# this one tells the turns apart.
+#
+# Over is what the kernel says is over: Codex was waited for, the control group isn't populated, or
+# a look shows nobody and every known process group answers ESRCH.
+
+INTERRUPT_PATIENCE = 3.0                   # seconds that Codex has to write its ending down
+TERMINATE_PATIENCE = 1.0                   # seconds that all the rest has before SIGKILL
+KILL_PATIENCE = 5.0                        # seconds in which the kernel is expected to do it
+PROCESS_POLL = 0.02                        # seconds between two looks
+
+_marks = set()                             # of the turns that this engine ran
+_old_sessions = set()                      # that there were when the last one ended and left some
+
+
+def _wait(condition, patience):
+    """Look until `condition()` or for `patience` seconds.  Nothing tells when a process that is not
+    our child has ended, so this polls; a look that fails is followed by another."""
+    pause, deadline = threading.Event(), time.monotonic() + patience
+    while True:
+        with contextlib.suppress(OSError):
+            if condition():
+                return True
+        if time.monotonic() > deadline:
+            return False
+        pause.wait(PROCESS_POLL)
 
 
 class TurnProcesses:
@@ -1603,6 +1740,7 @@ class TurnProcesses:
 
     def __init__(self, mark, pid=None, started_ticks=None):
         self.mark = mark
+        self.cgroup = None                  # the ControlGroup, where there is one
         self.child = None                   # Codex, if it is ours
         self.pid = pid                      # Codex's
         self.started_ticks = started_ticks  # Codex's; None if that is unknown
@@ -1611,12 +1749,21 @@ class TurnProcesses:
         self._sessions = set()              # of its that there were
 
     @classmethod
-    def create(cls, mark):
+    def create(cls, turn_id, mark):
         """Those of a turn whose Codex is still to be started."""
-        return cls(mark)
+        turn = cls(mark)
+        turn.cgroup = ControlGroup.make(turn_id, mark)
+        return turn
 
     def begin(self, child):
         """`child` is the turn's Codex, which has no prompt yet.  Raises OSError."""
+        if self.cgroup:
+            try:
+                self.cgroup.add(child.pid)
+            except OSError as error:
+                logger.warning("a turn goes without a control group: %s", error)
+                self.cgroup.remove()
+                self.cgroup = None
         entry = process(child.pid)
         with _starting:
             _marks.add(self.mark)
@@ -1628,6 +1775,7 @@ class TurnProcesses:
     def saved(self):
         """What from_saved() needs: an object for JSON.  Raises OSError."""
         return {"mark": self.mark, "boot": boot_id(),
+                "cgroup": self.cgroup and self.cgroup.folder,
                 "codex": {"pid": self.pid, "started": self.started_ticks}}
 
     @classmethod
@@ -1643,7 +1791,9 @@ class TurnProcesses:
                 raise ValueError("it doesn't tell which process was Codex")
         # Pids are given again, after a boot at the same ticks, too.
         known = pid is not None and saved.get("boot") == (boot_id() or "unknown")
-        return cls(mark, pid, started_ticks) if known else cls(mark)
+        turn = cls(mark, pid, started_ticks) if known else cls(mark)
+        turn.cgroup = ControlGroup.saved(saved.get("cgroup"), mark)
+        return turn
 
     # Looking
 
@@ -1668,6 +1818,8 @@ class TurnProcesses:
         `kill`: each gets SIGKILL at sight and then once more with its group.  In a chain of forks
         it would be another one a moment later.
         """
+        if self.cgroup:
+            return self._find_in_cgroup()
         table, found = {}, set()
         with _starting:
             self._groups = {group for group in self._groups if self._signal(group, 0)}
@@ -1693,6 +1845,15 @@ class TurnProcesses:
             self._signal_groups(signal.SIGKILL)
         # Where a group exists and none of its processes is seen, they are hidden from us.
         return found | self._groups - {entry.group for entry in table.values()}
+
+    def _find_in_cgroup(self):
+        found = self.cgroup.pids()
+        if os.getpid() in found:
+            raise ValueError("the turn's processes are said to be the engine's own")
+        for pid in found:
+            with contextlib.suppress(OSError):
+                self._groups.add(os.getpgid(pid))
+        return found
 
     def _add_descendants(self, table, found):
         children = collections.defaultdict(set)
@@ -1736,12 +1897,14 @@ class TurnProcesses:
             if not self.child:
                 raise
         self._signal_codex(signal.SIGINT)
-        self._wait(lambda: not self.is_codex_there(), INTERRUPT_PATIENCE)
+        _wait(lambda: not self.is_codex_there(), INTERRUPT_PATIENCE)
         self._signal_groups(signal.SIGTERM)
-        if (self._wait(self._is_over, TERMINATE_PATIENCE)
-                or self._wait(lambda: self._is_over(kill=True), KILL_PATIENCE)):
+        if (_wait(self._is_over, TERMINATE_PATIENCE)
+                or _wait(lambda: self._is_over(kill=True), KILL_PATIENCE)):
             return []
         left = self.find() | ({self.pid} if self.is_codex_there() else set())
+        if not left and not self._is_over():
+            raise BlockingIOError(errno.EAGAIN, "it can't be told whether the turn is over")
         return [{"pid": pid, "command": command_of(pid)} for pid in sorted(left)]
 
     def kill_codex(self):
@@ -1775,6 +1938,10 @@ class TurnProcesses:
         if kill:
             self._signal_groups(signal.SIGKILL)     # also if the look fails
         there, before = self.is_codex_there(), reap_orphans()
+        if self.cgroup:
+            if kill:
+                self.cgroup.kill()
+            return not there and self.cgroup.is_empty()
         return not self.find(kill) and not there and reap_orphans() == before
 
     def _signal_groups(self, number):
@@ -1803,19 +1970,23 @@ class TurnProcesses:
             with _starting:
                 _old_sessions.clear()
                 _old_sessions.update(sessions)
+        if self.cgroup:
+            for cgroup in ControlGroup.all_in(os.path.dirname(self.cgroup.folder)):
+                cgroup.remove()
 
-    @staticmethod
-    def _wait(condition, patience):
-        """Look until `condition()` or for `patience` seconds.  Nothing tells when a process that
-        is not our child has ended, so this polls; a look that fails is followed by another."""
-        pause, deadline = threading.Event(), time.monotonic() + patience
-        while True:
-            with contextlib.suppress(OSError):
-                if condition():
-                    return True
-            if time.monotonic() > deadline:
-                return False
-            pause.wait(PROCESS_POLL)
+
+def end_leftovers():
+    """Where we are a service in a control group of its own, ask what turns left running to end, and
+    give it TERMINATE_PATIENCE: the service manager kills it next."""
+    parent = own_cgroup() if "NOTIFY_SOCKET" in os.environ else None
+    if parent is None or (_look(_read, parent + "/cgroup.procs") or b"").split() != [
+            b"%d" % os.getpid()]:
+        return
+    cgroups = ControlGroup.all_in(parent)
+    for pid in set().union(*(cgroup.pids() for cgroup in cgroups)):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGTERM)
+    _wait(lambda: all([cgroup.is_empty() for cgroup in cgroups]), TERMINATE_PATIENCE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3346,7 +3517,7 @@ class Turn:
         driver = (AppServer if live else Exec)(
             self.settings, self.codex, self.options, thread_id, self.message)
         self.run = CodexRun(driver, self.settings, self.codex,
-                            TurnProcesses.create(self.mark), self.alarm)
+                            TurnProcesses.create(self.id, self.mark), self.alarm)
         self.progress_at = time.monotonic()
 
     def _relay_again(self, thread_id, why):
@@ -5787,9 +5958,9 @@ def serve(settings):
     warner = start_thread("problems", warn_of_problems, app.problems)
     stop = threading.Event()
     # It is there from the start: later the machine may have no thread left to give.
-    start_thread("stop", stop_when_told, stop, inbox, app.runner.close, functools.partial(
-        server.shut_down, CLOSE_TIMEOUT, keep_queue=bool(inherited)),
-        functools.partial(end_warner, warner))
+    start_thread("stop", stop_when_told, stop, inbox, app.runner.close, end_leftovers,
+                 functools.partial(server.shut_down, CLOSE_TIMEOUT, keep_queue=bool(inherited)),
+                 functools.partial(end_warner, warner))
     app.runner.on_change = lambda: inbox.put(Inbox.TURN_CHANGED)
     notify("READY=1\nSTATUS=" + status_line(app))
     watch(inbox, server, app, stop)

@@ -842,6 +842,66 @@ def test_stop_leaves_no_process(with_codex):
     assert machine.get("/health")[0] == 0
 
 
+# What gets away from whoever looks for parents, sessions and environments.
+ESCAPES = ("setsid -f sleep 3571; env -i setsid -f sleep 3572; (env -i setsid sleep 3573 &);"
+           " unshare --user --map-root-user --pid --fork sleep 3574 & sleep 3575 & kill -STOP $!;"
+           " for i in $(seq 100); do setsid -f sleep 3576; done; sleep 3577")
+ESCAPED = "pgrep -f '^sleep 357[1-7]' | wc -l"
+CGROUPS = ("find /sys/fs/cgroup -path '*/replicas-engine.service/*' -type d"
+           " -name 'replicas-turn-*' | sort -u")
+
+
+def start_escapes(machine, command=ESCAPES, count=105):
+    secret = machine.secret()
+    thread = threading.Thread(target=machine.post, args=("/codex/send", {
+        "message": "model: run %s\nmodel: say Done." % command,
+        "sandbox_mode": "danger-full-access"}, secret))
+    thread.start()
+    machine.wait_for(lambda: int(machine.out(ESCAPED)) >= count, 30)
+    return thread
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill -9"])
+def test_nothing_gets_away_from_a_turns_control_group(with_codex, how):
+    machine = with_codex
+    for _ in range(2):
+        thread = start_escapes(machine)
+        cgroup = machine.out(CGROUPS)
+        pids = machine.out("cat %s/cgroup.procs" % cgroup).split()
+        assert set(machine.out("pgrep -f '^sleep 357[1-7]'").split()) <= set(pids)
+        if how == "interrupt":
+            status, text = machine.post("/codex/interrupt", {}, machine.secret())
+            assert (status, json.loads(text)["interrupted"]) == (200, True), machine.journal()
+        else:
+            machine.run("kill -9 %d" % machine.pid())
+            machine.wait_for(lambda: machine.get("/codex/events", machine.secret())[0] == 200)
+        assert machine.out(ESCAPED) == "0"
+        thread.join(30)
+        machine.wait_for(lambda: machine.out(CGROUPS) == "")
+
+
+def test_what_turns_leave_running(with_codex):
+    """It stays in its control group, is asked to end before a restart ends it, and then leaves no
+    group behind."""
+    machine = with_codex
+    machine.run("rm -f /home/ubuntu/work/asked")
+    found = send(machine, "model: run setsid -f sh -c 'trap \"echo >asked; exit\" TERM;"
+                          " while :; do sleep 0.1; done' serves >/dev/null 2>&1 </dev/null\n"
+                          "model: say Done.", sandbox_mode="danger-full-access")
+    assert found[-2][0] == "turn.completed"
+    cgroup = machine.out(CGROUPS)
+    thread = start_escapes(machine)
+    assert machine.post("/codex/interrupt", {}, machine.secret())[0] == 200
+    thread.join(30)
+    assert machine.out(ESCAPED) == "0" and machine.out(CGROUPS) == cgroup
+    assert machine.out("pgrep -f '[s]erves' | wc -l") != "0"
+    machine.run("systemctl restart replicas-engine")
+    machine.run("test -e /home/ubuntu/work/asked")
+    assert machine.out("pgrep -f '[s]erves' | wc -l") == "0"
+    send(machine, "model: say Hello.")
+    assert machine.out(CGROUPS) == ""
+
+
 # ---- What systemctl status shows
 
 def test_status_of_a_healthy_engine(with_codex):

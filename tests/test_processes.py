@@ -95,6 +95,38 @@ def sleeper(number, **how):
     return {"spawn": dict({"argv": ["sleep", number], "stdout": "null"}, **how)}
 
 
+def works(command):
+    try:
+        return subprocess.run(command, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
+
+
+def can_have_control_groups():
+    group = replicas_engine.ControlGroup.make(0, "trial-%d" % os.getpid())
+    if group:
+        group.remove()
+    return group is not None
+
+
+# An engine that finds no control groups, though this machine has them.
+WITHOUT_CONTROL_GROUPS = ["unshare", "--mount", "sh", "-c",
+                          'mount -t tmpfs tmpfs /sys/fs/cgroup && exec "$@"', "sh"]
+WAYS = ["process table"]
+if can_have_control_groups() and works(WITHOUT_CONTROL_GROUPS + ["true"]):
+    WAYS.append("control group")
+
+
+@pytest.fixture(params=WAYS)
+def engine(request, make_engine):
+    """An engine with the stand-in Codex, for each way to know a turn's processes."""
+    made = make_engine(start=False)
+    if request.param != WAYS[-1]:
+        made.program = WITHOUT_CONTROL_GROUPS + harness.Engine.program
+    return made.start()
+
+
 HANG = {"sleep": 120}
 BEGIN = {"thread": "resume"}
 IGNORE = {"ignore": ["SIGINT", "SIGTERM"]}
@@ -338,14 +370,6 @@ def test_a_codex_behind_a_script_is_asked_politely(make_engine, shim):
     assert [event.type for event in engine.events(turn)][2] == "item.completed"
 
 
-def works(command):
-    try:
-        return subprocess.run(command, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL).returncode == 0
-    except OSError:
-        return False
-
-
 NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 
@@ -419,27 +443,42 @@ def test_a_codex_that_the_process_table_hides(make_engine, tmp_path, signals):
 
 # TurnProcesses itself
 
-MARK = "1234abcd" * 4
+MARK = os.urandom(16).hex()
 
 
 @pytest.fixture
-def begin():
-    """A function that starts a process as a turn's Codex: the TurnProcesses that begin with it."""
-    children = []
+def control_groups():
+    """Asked for before `begin`: the turns have some."""
+    if "control group" not in WAYS:
+        pytest.skip("control groups can't be made here")
 
-    def start(command="exec sleep 300", mark=MARK):
-        turn = replicas_engine.TurnProcesses.create(mark)
+
+@pytest.fixture
+def begin(request, monkeypatch):
+    """A function that starts a shell as a turn's Codex, which waits for its prompt as that does:
+    the TurnProcesses that begin with it."""
+    turns = []
+    if "control_groups" not in request.fixturenames:
+        monkeypatch.setattr(replicas_engine, "CGROUP_TREES", ())
+
+    def start(command="exec sleep 300", mark=MARK, at_once=False):
+        turn = replicas_engine.TurnProcesses.create(7, mark)
         env = dict(os.environ, **{replicas_engine.MARK: mark})
-        child = replicas_engine.start_process(["sh", "-c", command], turn, env=env)
-        children.append(child)
+        argv = ["sh", "-c", command if at_once else "read prompt; " + command]
+        child = replicas_engine.start_process(argv, turn, env=env, stdin=subprocess.PIPE)
+        turns.append(turn)
+        child.stdin.write(b"Hello\n")
+        child.stdin.close()
         if command.endswith("exec sleep 300"):
             wait_for(lambda: command_of(child.pid)[0] == b"sleep")
         return turn
 
     yield start
-    for child in children:
-        child.kill()
-        child.wait()
+    monkeypatch.undo()
+    for turn in turns:
+        assert turn.stop() == []
+        turn.child.wait()
+        turn.discard()
 
 
 def recovered(turn, boot=None, **codex):
@@ -572,7 +611,7 @@ def recovered_without_a_look(turn):
 def test_a_process_table_that_is_not_there(begin, monkeypatch):
     """An empty /proc shows nobody, and that is no answer either."""
     turn = begin()
-    monkeypatch.setattr(replicas_engine, "_in_proc", lambda call, path: None)
+    monkeypatch.setattr(replicas_engine, "_look", lambda call, path: None)
     monkeypatch.setattr(replicas_engine, "TERMINATE_PATIENCE", 0.1)
     monkeypatch.setattr(replicas_engine, "KILL_PATIENCE", 0.1)
     with pytest.raises(OSError):
@@ -580,8 +619,7 @@ def test_a_process_table_that_is_not_there(begin, monkeypatch):
     assert not turn.is_codex_there()
 
 
-def test_no_descriptor_is_left(begin):
-    """One is kept for the looks."""
+def check_stopping_without_descriptors(begin):
     turn = begin("setsid sleep 300 & wait")
     wait_for(lambda: len(turn.find()) == 2)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -599,14 +637,20 @@ def test_no_descriptor_is_left(begin):
     assert turn.find() == set()
 
 
+def test_no_descriptor_is_left(begin):
+    """One is kept for the looks."""
+    check_stopping_without_descriptors(begin)
+
+
 SOMEBODY_ELSES = """\
 import os, subprocess, sys, time
 sys.path.insert(0, %r)
 import replicas_engine
+replicas_engine.CGROUP_TREES = ()
 replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 1)
 for patience in ("INTERRUPT_PATIENCE", "TERMINATE_PATIENCE", "KILL_PATIENCE"):
     setattr(replicas_engine, patience, 0.2)
-turn = replicas_engine.TurnProcesses.create("a mark")
+turn = replicas_engine.TurnProcesses.create(7, "a mark")
 replicas_engine.start_process(["setpriv", "--reuid=65534", "sleep", %r], turn,
                               stdout=subprocess.DEVNULL)
 while not (replicas_engine.command_of(turn.pid) or "").startswith("sleep"):
@@ -662,3 +706,99 @@ def test_a_name_with_anything_in_it(tmp_path):
     finally:
         child.kill()
         child.wait()
+
+
+# Control groups
+
+def test_a_turn_in_a_control_group(control_groups, begin):
+    turn = begin("setsid -f env -i sleep 300; exec sleep 300")
+    other = begin(mark=MARK[::-1])
+    wait_for(lambda: len(turn.find()) == 2)
+    folder = turn.cgroup.folder
+    assert turn.saved()["cgroup"] == folder and other.cgroup.folder != folder
+    assert turn.stop() == [] and turn.cgroup.is_empty()
+    assert turn.child.returncode == -signal.SIGINT
+    assert other.child.poll() is None
+    turn.discard()
+    assert not os.path.exists(folder) and os.path.exists(other.cgroup.folder)
+
+
+@pytest.mark.parametrize("kernel", ["5.14", "older", "much older"])
+@pytest.mark.parametrize("trick", ["", "trap '' INT TERM; ", "kill -STOP $$; "])
+def test_another_engines_control_group(control_groups, begin, monkeypatch, kernel, trick):
+    """Whether or not there is cgroup.kill or cgroup.freeze, and nobody who is deaf or stopped."""
+    absent = {"5.14": (), "older": ("cgroup.kill",), "much older": ("cgroup.kill", "cgroup.freeze")}
+    write = replicas_engine.ControlGroup._write
+
+    def write_if_there(group, name, text):
+        write(group, name + ".absent" if name in absent[kernel] else name, text)
+
+    monkeypatch.setattr(replicas_engine.ControlGroup, "_write", write_if_there)
+    monkeypatch.setattr(replicas_engine, "INTERRUPT_PATIENCE", 0.5)
+    turn = begin(trick + "setsid -f env -i sleep 300; sleep 300; :")
+    if "STOP" not in trick:
+        wait_for(lambda: len(turn.find()) == 3)
+    other = recovered(turn)
+    assert other.cgroup.folder == turn.cgroup.folder
+    with waited_for(turn):
+        assert other.stop() == []
+    assert other.cgroup.is_empty()
+
+
+@pytest.mark.parametrize("lie", [7, "", "/", "/sys/fs/cgroup", "/sys/fs/cgroup/unified",
+                                 "/etc/replicas-turn-7-%s", ["/sys/fs/cgroup"]],
+                         ids=repr)
+def test_a_control_group_that_is_no_turns(lie):
+    lie = lie.replace("%s", MARK) if isinstance(lie, str) else lie
+    turn = replicas_engine.TurnProcesses.from_saved({"mark": MARK, "codex": {}, "cgroup": lie})
+    assert turn.cgroup is None
+
+
+def test_a_control_group_of_another_turn(control_groups, begin):
+    turn = begin()
+    saved = dict(turn.saved(), mark=MARK[::-1])
+    assert replicas_engine.TurnProcesses.from_saved(saved).cgroup is None
+    saved = dict(turn.saved(), cgroup=turn.cgroup.folder + "/../" + os.path.basename(
+        turn.cgroup.folder))
+    assert replicas_engine.TurnProcesses.from_saved(saved).cgroup is None
+
+
+def test_a_script_that_starts_codex_at_once(control_groups, begin, monkeypatch):
+    """What was there before the script itself was put in is put in behind it."""
+    add = replicas_engine.ControlGroup.add
+
+    def add_late(group, pid):
+        if not group.pids():
+            wait_for(lambda: sum(entry.parent == pid for _, entry in
+                                 replicas_engine.processes()) == 2)
+        add(group, pid)
+
+    monkeypatch.setattr(replicas_engine.ControlGroup, "add", add_late)
+    turn = begin("sleep 300 & sleep 300 & wait", at_once=True)
+    assert len(turn.find()) == 3
+    assert turn.stop() == []
+
+
+def test_a_process_that_stays_in_its_turns_control_group(control_groups, begin):
+    """In one below it, even; and the group goes when the process has gone, at another turn's end.
+    """
+    turn = begin("setsid -f sleep 300")
+    turn.child.wait()
+    server, = turn.find()
+    below = turn.cgroup.folder + "/below"
+    os.mkdir(below)
+    with open(below + "/cgroup.procs", "w", encoding="ascii") as file:
+        file.write(str(server))
+    assert turn.find() == {server} and not turn.cgroup.is_empty()
+    turn.discard()
+    assert os.path.exists(below)
+    os.kill(server, signal.SIGKILL)
+    wait_for(turn.cgroup.is_empty)
+    other = begin(mark=MARK[::-1])
+    other.stop()
+    other.discard()
+    assert not os.path.exists(turn.cgroup.folder)
+
+
+def test_a_control_group_when_no_descriptor_is_left(control_groups, begin):
+    check_stopping_without_descriptors(begin)
