@@ -257,7 +257,7 @@ def test_what_a_killed_engines_codex_started(engine):
     sleeper = {"spawn": {"argv": ["sleep", number], "session": True, "double_fork": True,
                          "stdout": "null", "pidfile": os.path.join(engine.folder, "pids")}}
     engine.start_turn(script(BEGIN, sleeper, HANG))
-    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    wait_for(lambda: os.path.exists(os.path.join(engine.folder, "pids")))
     with open(os.path.join(engine.folder, "pids"), encoding="ascii") as file:
         pid = int(file.read())
     engine.kill()
