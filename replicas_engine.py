@@ -360,6 +360,18 @@ class JSONChecker:
             self.expected = {b"": b"", b"[": b",]", b"{": b",}"}[self.nesting[-1:]]
 
 
+
+def json_object(text):
+    """The object that the JSON `text` is.  Raises ValueError."""
+    try:
+        value = json_value.decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
+    return value
+
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -962,11 +974,13 @@ def check_secret(request, secret):
 # finds its end by looking for the last blank line.
 
 EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
+EVENT_HEAD = re.compile(rb"id: [0-9]{1,15}\.([0-9]{1,15})\nevent: ([A-Za-z0-9._/-]+)\ndata: ")
 EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
 TERMINAL = ("turn.completed", "turn.failed")
 DONE = (b"done", b"{}")
 MAX_HEADER = 64 * 1024                     # bytes
 MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
+CR_COST = len(b"\ndata: ") - 1             # bytes more in the log for a CR within an event
 MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
 ENDING_ROOM = 32 * 1024                    # bytes: two events with such a message, and `done`
 ROOM_STEP = 64 * 1024                      # bytes that the disk is asked for at once
@@ -1007,29 +1021,25 @@ def message_of(event):
 
 def _parse_event(frame):
     """(number, type, data) of an event's lines.  Raises ValueError."""
-    id_line, event_line, *data = frame.rstrip(b"\n").split(b"\n")
-    text = b"\n".join(line[len(b"data: "):] for line in data)
-    return (int(id_line.rpartition(b".")[2]), event_line[len(b"event: "):].decode(),
-            text.decode("utf-8", "replace"))
+    head = EVENT_HEAD.match(frame)
+    if not head:
+        raise ValueError("it has an event that no engine wrote")
+    data = frame[head.end():].rstrip(b"\n").replace(b"\ndata: ", b"\n")
+    return int(head.group(1)), head.group(2).decode(), data.decode("utf-8", "replace")
 
 
 def _thread_started(frame):
     """The thread id that an event's lines name if it is a thread.started, or None."""
     try:
         _, kind, data = _parse_event(frame)
-        return thread_id_of(json_value.decode(data)) if kind == "thread.started" else None
-    except (ValueError, AttributeError, RecursionError):
+        return thread_id_of(json_object(data)) if kind == "thread.started" else None
+    except ValueError:
         return None
 
 
 def _parse_header(text):
     """The header's object.  Raises ValueError if it isn't one that an engine wrote."""
-    try:
-        header = json_value.decode(text.decode())
-    except RecursionError:
-        raise ValueError("its header is nested too deeply") from None
-    if not isinstance(header, dict):
-        raise ValueError("its header is not an object")
+    header = json_object(text.decode())
     for key in ("started_at", "thread_id", "mark", "key", "fingerprint"):
         if not isinstance(header.get(key), (str, type(None))):
             raise ValueError("%s in its header is not a string" % key)
@@ -1059,10 +1069,12 @@ class TurnLog:
         self.size = start           # bytes that are published
         self.last = 0               # the number of the last event published
         self.finished = False       # that was `done`
+        self.has_ending = False     # when it was opened, it had all but `done`
         # The writer's own
         self.error = None           # why the disk takes no more, an OSError, or None
         self._fd = None
         self._room = 0              # bytes of the file that the disk has set aside
+        self._littered = False      # behind `size` may be the beginning of what wasn't published
         self._synced = 0            # bytes that the disk holds for sure
         self._pending = []          # events that it could not take yet: pairs of type and data
 
@@ -1074,7 +1086,7 @@ class TurnLog:
         turn_log._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             turn_log._write(first, 0, ENDING_ROOM)
-        except OSError:
+        except BaseException:
             turn_log.discard()
             raise
         return turn_log
@@ -1098,7 +1110,7 @@ class TurnLog:
             turn_log.size = begin + found + 2
             if turn_log.size > turn_log.start:
                 turn_log.last, kind, _ = turn_log.events_at_end(1, file)[0]
-                turn_log.finished = kind == "done"
+                turn_log.finished, turn_log.has_ending = kind == "done", kind in TERMINAL
                 file.seek(turn_log.start)
                 turn_log._find_thread(file.read(READ_SIZE))
         return turn_log
@@ -1119,15 +1131,13 @@ class TurnLog:
         """Write and publish what is pending; False while the disk can't take it, see `error`."""
         if not self._pending:
             return True
-        data = self._encode(self._pending)
         try:
+            data = self._encode(self._pending)
             self._write(data, self.size, ENDING_ROOM)
-            self.error = None
-        except OSError as error:
-            if self.error is None:              # once, and not with every try
-                logger.error("turn %d: its log can't be written: %s", self.turn_id, error.strerror)
-            self.error = error
+        except (OSError, MemoryError) as error:
+            self._failed(error)
             return False
+        self.error = None
         if not self.last:
             self._find_thread(data)
         count, self._pending = len(self._pending), []
@@ -1146,27 +1156,53 @@ class TurnLog:
         Where the machine went down in the turn, clients may have seen events that were not on the
         disk yet.  Their numbers are never given again: POWER_CUT_GAP of them are left out.
         """
-        if self._fd is None:
-            self._reopen()
-            if self.header.get("boot") not in (None, boot_id()):
-                self.last += POWER_CUT_GAP
-        data = self._encode(ending + [DONE])
-        self._write(data, self.size)
-        os.ftruncate(self._fd, self.size + len(data))       # the room that wasn't needed
-        now = time.time_ns()        # started_at's clock: the kernel's for files is some ms behind
-        os.utime(self._fd, ns=(now, now))
+        try:
+            if self._fd is None:
+                self._reopen()
+            data = self._encode(ending + [DONE])
+            if self._littered:
+                self._clear()
+            self._write(data, self.size)
+        except (OSError, MemoryError) as error:
+            self._failed(error)
+            raise self.error from None
+        with contextlib.suppress(OSError):      # zeros stay behind it, or the time isn't exact
+            os.ftruncate(self._fd, self.size + len(data))
+            now = time.time_ns()    # started_at's clock: the kernel's for files is some ms behind
+            os.utime(self._fd, ns=(now, now))
         self.sync()
-        with contextlib.suppress(OSError):      # whatever it says, the descriptor is closed
-            os.close(self._fd)
-        self._fd = None
+        self._close()
+        self.error = None
         before_publishing()
         self._publish(len(data), len(ending) + 1, finished=True)
 
+    def _failed(self, error):
+        """Note why it can't be written, and say so once, not with every try."""
+        if isinstance(error, MemoryError):
+            error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        if self.error is None:
+            logger.error("turn %d: its log can't be written: %s", self.turn_id, error.strerror)
+        self.error, self._littered = error, True
+
     def _reopen(self):
         """Become the writer of a log that was found.  Raises OSError."""
-        self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)
-        os.ftruncate(self._fd, self.size)       # cuts off the event that broke off
-        self._room = self.size
+        gap = 0 if self.header.get("boot") in (None, boot_id()) else POWER_CUT_GAP
+        self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+        self._littered = True       # with the event that broke off
+        self.last += gap
+
+    def _clear(self):
+        """Put zeros behind the last event: the file is not cut, since the room would be lost."""
+        end = os.fstat(self._fd).st_size
+        for offset in range(self.size, end, READ_SIZE):
+            os.pwrite(self._fd, bytes(min(READ_SIZE, end - offset)), offset)
+        self._littered = False
+
+    def _close(self):
+        """Be the writer no longer."""
+        with contextlib.suppress(OSError):      # whatever it says, the descriptor is closed
+            os.close(self._fd)
+        self._fd = None
 
     def sync(self, created=False):
         """Have the disk hold what was written, so that it outlives the machine too; and the file's
@@ -1188,11 +1224,13 @@ class TurnLog:
                 os.fdatasync(fd)                # `sync` will say so
 
     def discard(self):
-        """Delete it: its turn never was."""
-        os.close(self._fd)
-        self._fd = None
+        """Delete it, or else make it none: its turn never was."""
         with contextlib.suppress(OSError):
-            os.unlink(self.path)
+            try:
+                os.unlink(self.path)
+            except OSError:
+                os.ftruncate(self._fd, 0)
+        self._close()
 
     def _encode(self, events):
         """The bytes of events, numbered from the next one on."""
@@ -1239,17 +1277,26 @@ class TurnLog:
             return open_regular(self.path, buffering=0)
         except FileNotFoundError:
             raise NoSuchTurn("turn %d is no longer kept" % self.turn_id) from None
-        except OSError as error:
-            raise unavailable("The turn's log can't be read", "%s: %s"
-                              % (self.path, error.strerror)) from None
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error):
+        """The HTTPError for what keeps the file from being read: it is broken, or the disk is."""
+        if isinstance(error, OSError):
+            return unavailable("The turn's log can't be read", "%s: %s"
+                               % (self.path, error.strerror))
+        return NoSuchTurn("turn %d's log is broken: %s" % (self.turn_id, error))
 
     def read(self, file, offset, limit):
         """Up to `limit` bytes of the open `file` from `offset` on; b"" at the end of what is
-        published."""
+        published.  Raises OSError."""
         end = min(offset + limit, self.size)
         if end <= offset:                   # most often so for a reader: no need to ask the kernel
             return b""
-        return os.pread(file.fileno(), end - offset, offset)
+        data = os.pread(file.fileno(), end - offset, offset)
+        if not data:
+            raise OSError(errno.EIO, "somebody has cut the log", self.path)
+        return data
 
     def wait(self, offset, timeout):
         """Wait until there is more than `offset` bytes or the end, `timeout` seconds at most."""
@@ -1271,7 +1318,7 @@ class TurnLog:
             return self.start
         if number >= last:
             return size if number == last else None
-        with self.open_file() as file:
+        with self.reading() as file:
             needle = b"\n\nid: %d.%d\n" % (self.turn_id, number + 1)
             found = find_first(_reader(file), needle, self.start - 2)
             if found < 0:                   # in the gap that a power cut left: the ending is next
@@ -1281,12 +1328,26 @@ class TurnLog:
                     found = begin - 2
         return found + 2
 
+    @contextlib.contextmanager
+    def reading(self):
+        """The open file, within; what goes wrong there is an HTTPError."""
+        with self.open_file() as file:
+            try:
+                yield file
+            except (OSError, ValueError) as error:
+                raise self._unreadable(error) from None
+
     def backwards(self, file):
-        """(offset, (number, type, data)) of the events in the open `file`, the last one first."""
+        """(offset, (number, type, data)) of the events in the open `file`, the last one first.
+        Raises OSError and ValueError."""
         with self.changed:
             end = self.size
         while end > self.start:
-            begin = max(find_last(_reader(file), b"\n\nid: ", end), self.start - 2) + 2
+            floor = max(self.start - 2, end - MAX_UNFINISHED)
+            found = find_last(_reader(file, floor), b"\n\nid: ", end - floor)
+            if found < 0:
+                raise ValueError("it has an event that is too large")
+            begin = floor + found + 2
             yield begin, _parse_event(os.pread(file.fileno(), end - begin, begin))
             end = begin
 
@@ -1378,7 +1439,7 @@ def check_room_for_stream(request):
 def event_stream(request, turn_log, offset):
     """The response with a turn's stream from `offset` on.  Raises HTTPError."""
     may_be_gone = request.environ.get("replicas_engine.may_be_gone", lambda: False)
-    mark = hashlib.sha256(turn_log.header.get("mark", "").encode()).hexdigest()[:16]
+    mark = hashlib.sha256(str(turn_log.header.get("mark")).encode()).hexdigest()[:16]
     # The charset is for clients that else read text as ISO-8859-1 (Python's requests); no-transform
     # keeps the compression of Express, Next.js and the like from holding the events back.
     return Response(EventStream(turn_log, offset, may_be_gone), 200, [
@@ -1387,9 +1448,9 @@ def event_stream(request, turn_log, offset):
         ("X-Replicas-Turn-Id", str(turn_log.turn_id)), ("X-Replicas-Turn-Mark", mark)])
 
 
-def _outcome(event):
-    """The `status` of a turn that ended with `event`, turn.completed or turn.failed."""
-    if event["type"] == "turn.completed":
+def _outcome(kind, event):
+    """The `status` of a turn that ended with `event` of that type, one of TERMINAL."""
+    if kind == "turn.completed":
         return "completed"
     error = event.get("error")
     interrupted = isinstance(error, dict) and error.get("code") == "interrupted"
@@ -1399,7 +1460,7 @@ def _outcome(event):
 def turn_summary(turn_log, file=None):
     """What `GET /codex/status` says of the turn; `file` is its open log.  Raises HTTPError."""
     if file is None:
-        with turn_log.open_file() as file:
+        with turn_log.reading() as file:
             return turn_summary(turn_log, file)
     with turn_log.changed:
         last, finished = turn_log.last, turn_log.finished
@@ -1410,14 +1471,16 @@ def turn_summary(turn_log, file=None):
                "last_event_at": modified if last else None,
                "last_event_id": "%d.%d" % (turn_log.turn_id, last) if last else None,
                "usage": None, "error": None}
-    ending = next((event for event in turn_log.events_at_end(2, file) if event[1] in TERMINAL),
-                  None)
-    if ending:
-        event = json_value.decode(ending[2])
-        summary["usage"] = event.get("usage")
-        summary["error"] = event.get("error")
-        if finished:
-            summary["status"] = _outcome(event)
+    error = turn_log.error
+    if error:                               # there is an ending, perhaps, but nobody has seen it
+        summary["error"] = {"message": "The turn's log can't be written: %s" % error.strerror}
+    for _, kind, data in turn_log.events_at_end(2, file):
+        if kind in TERMINAL:
+            event = json_object(data)
+            usage, summary["error"] = event.get("usage"), event.get("error")
+            summary["usage"] = usage if isinstance(usage, dict) else None
+            summary["status"] = _outcome(kind, event) if finished else "running"
+            break
     return summary
 
 
@@ -1425,7 +1488,7 @@ def final_message(turn_log, file):
     """The text of the last agent_message in the open log, or None."""
     for _, (_, kind, data) in turn_log.backwards(file):
         if kind == "item.completed" and '"agent_message"' in data:
-            item = json_value.decode(data).get("item")
+            item = json_object(data).get("item")
             if isinstance(item, dict) and item.get("type") == "agent_message":
                 return item["text"] if isinstance(item.get("text"), str) else None
     return None
@@ -1433,7 +1496,7 @@ def final_message(turn_log, file):
 
 def turn_result(turn_log):
     """What `GET /codex/turns/N` says, but for `turn_usage`.  Raises HTTPError."""
-    with turn_log.open_file() as file:
+    with turn_log.reading() as file:
         result = turn_summary(turn_log, file)
         del result["last_event_at"]
         message = final_message(turn_log, file) if turn_log.finished else None
@@ -1491,11 +1554,26 @@ class Child(subprocess.Popen):
         return status
 
 
+def _start_child(argv, options):
+    """Popen with pipes of our own: where it can't make one, it leaves its others open."""
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        streams = {}
+        for name in [name for name in options if options[name] == subprocess.PIPE]:
+            mine, its = os.pipe()[::-1] if name == "stdin" else os.pipe()
+            theirs.callback(os.close, its)
+            streams[name] = ours.enter_context(open(mine, "wb" if name == "stdin" else "rb", 0))
+            options[name] = its
+        child = Child(argv, start_new_session=True, **options)
+        ours.pop_all()
+    vars(child).update(streams)
+    return child
+
+
 def start_process(argv, processes=None, **options):
     """Start a Child in a session of its own; where it is a turn's Codex, `processes` are the
     TurnProcesses that begin with it.  Raises OSError and ValueError as Popen does."""
     with _starting:
-        child = Child(argv, start_new_session=True, **options)
+        child = _start_child(argv, options)
         _own_children.add(child.pid)
     with contextlib.suppress(OSError):      # ours was raised; select(2) needs small descriptors
         resource.prlimit(child.pid, resource.RLIMIT_NOFILE, NOFILE_LIMITS)
@@ -2752,6 +2830,8 @@ class Exec:
                 check_utf8(line)
             except UnicodeDecodeError:
                 line = line.decode("utf-8", "replace").encode()
+                if len(line) > MAX_EVENT:
+                    raise ValueError("too long with its bytes replaced") from None
         try:
             value = json_text.decode(line.decode("latin-1"))    # a byte a character
             fit = EVENT_TYPE.fullmatch(value["type"]) and value["type"] != "done"   # that is ours
@@ -3158,13 +3238,12 @@ class Alarm:
     """Wakes a thread that waits in a selector for `fd`, the end of a pipe, from any other."""
 
     def __init__(self):
-        self.fd, self._into = os.pipe()
-        os.set_blocking(self._into, False)
+        self.fd, self._into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()       # it is rung or closed, by one thread at a time
 
     def ring(self):
         """Wake the thread; nothing if the alarm is closed."""
-        with self._lock, contextlib.suppress(BlockingIOError):
+        with self._lock, contextlib.suppress(OSError):      # it rings already
             if self._into is not None:      # else it is closed
                 os.write(self._into, b"!")
 
@@ -3175,8 +3254,9 @@ class Alarm:
     def close(self):
         """Give the pipe up."""
         with self._lock:
-            os.close(self.fd)
-            os.close(self._into)
+            for fd in (self.fd, self._into):
+                with contextlib.suppress(OSError):      # whatever it says, it is closed
+                    os.close(fd)
             self._into = None
 
 
@@ -3213,16 +3293,18 @@ class CodexRun:
             stderr=subprocess.PIPE, bufsize=0, cwd=settings.workspace,
             env=codex_environment(settings, codex, processes.mark, driver.needs_key))
         self.streams = (self.child.stdin, self.child.stdout, self.child.stderr)
-        self._selector = selectors.DefaultSelector()
+        self._selector = None
         try:
             self._wire()
         except BaseException:
             self.child.kill()
+            self.child.wait()
             self.close()
             raise
 
     def _wire(self):
         """Have the pipes and the exit told to the turn's thread."""
+        self._selector = selectors.DefaultSelector()
         for stream in self.streams:
             os.set_blocking(stream.fileno(), False)
         self._selector.register(self.alarm.fd, selectors.EVENT_READ, self.alarm.clear)
@@ -3317,7 +3399,8 @@ class CodexRun:
 
     def _take_line(self, line):
         """Let the driver say which events a line is."""
-        too_long, self._too_long = self._too_long or len(line) > MAX_EVENT, False
+        room = MAX_EVENT - CR_COST * line.count(b"\r")
+        too_long, self._too_long = self._too_long or len(line) > room, False
         try:
             if too_long:
                 raise ValueError("longer than %d bytes" % MAX_EVENT)
@@ -3365,9 +3448,9 @@ class CodexRun:
 
     def close(self):
         """Give up the descriptors; the process may still be there."""
-        self._selector.close()
-        for stream in self.streams:
-            stream.close()
+        for opened in (self._selector, *self.streams):
+            if opened:
+                opened.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3398,6 +3481,10 @@ UNKNOWN_THREAD = re.compile(
     rb"|failed to parse (?:thread|conversation) ID"
     rb"|rollout at [^\n]{1,4200} (?:is empty|does not start with session metadata)",
     re.IGNORECASE)
+
+
+def _item_id(item):
+    return item["id"] if isinstance(item.get("id"), str) else None
 
 
 class Turn:
@@ -3433,6 +3520,7 @@ class Turn:
         self.items = set()                  # ids of the items in progress
         self.terminal = None                # the type of the event with which Codex ended it
         self.complaint = None               # what Codex's last `error` said, if nothing came after
+        self.trouble = None                 # what went wrong in the engine itself
         # Moments of time.monotonic
         self.started_at = self.progress_at = self.ended_at = time.monotonic()
         self.timed_from = self.started_at   # for REPLICAS_ENGINE_TURN_TIMEOUT
@@ -3448,7 +3536,7 @@ class Turn:
         """Run it in a thread of its own; `ready` and `over` are set whatever comes."""
         try:
             threading.Thread(target=self._main, name="turn %d" % self.id, daemon=True).start()
-        except RuntimeError as error:       # there are too many threads
+        except (RuntimeError, MemoryError) as error:        # there are too many threads
             self._not_started(error)
 
     def log_once_started(self):
@@ -3476,9 +3564,11 @@ class Turn:
             if self._is_thread_unknown():
                 self._relay_again(None, "Codex doesn't know thread %s any more: the message goes "
                                   "to a new one" % self.thread_id)
-        except Exception:                   # a bug, but no reason to leave Codex running
+        except Exception as error:          # whatever it is, no reason to leave Codex running
             logger.exception("turn %d: the engine failed", self.id)
-            self.left = self._stop_all(self.run.processes)
+            self.trouble = "%s: %s" % (type(error).__name__, error)
+            self._order_stop()
+            self._stopped.wait()
         finally:
             self._end()
 
@@ -3532,28 +3622,38 @@ class Turn:
     def _not_started(self, error):
         """Nothing was begun: clean up, and let whoever waits know why."""
         self.problem = HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
-            "The turn can't be started", str(error))
-        if self.run:
-            self.run.child.kill()
-        self._leave()
-        self.runner.not_started(self)
-        self.ready.set()
-        self._be_over()
+            "The turn can't be started", str(error) or type(error).__name__)
+        with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
+            stack.callback(self._be_over)
+            stack.callback(self.ready.set)
+            stack.callback(self.runner.not_started, self)
+            stack.callback(self._leave)
+            if self.run:
+                self.run.child.kill()
 
     def _relay(self):
         """Let Codex have its prompt and publish what it prints, until it has exited and all of that
         is in the log, or the turn was stopped."""
-        run = self.run
-        while not (self._stopped.is_set() or run.refused
-                   or run.exited.is_set() and self.log.flush()):
-            self._hold_back(not self.log.flush())
+        run, drained = self.run, False
+        while not (self._stopped.is_set() or run.refused):
+            if run.exited.is_set() and not drained:
+                drained = True
+                self._drain()
+            if self.log.flush() and drained:
+                break
+            self._hold_back(self.log.error is not None)
             self._exchange()
             if self.stop_code:
                 self._stop()
-        run.drain()
-        self._publish(run.take_events())
+        if not drained:
+            self._drain()
         if self._is_stopping:
             self._stopped.wait()
+
+    def _drain(self):
+        """Publish what Codex printed last."""
+        self.run.drain()
+        self._publish(self.run.take_events())
 
     def _exchange(self):
         """Read, write and wait until the next look.  A pause of the machine counts for nothing."""
@@ -3582,6 +3682,11 @@ class Turn:
             self.run.send(request)
             self._asked_until = now + ASK_PATIENCE
         if now >= self._asked_until or self.run.driver.over:
+            self._order_stop()
+
+    def _order_stop(self):
+        """Have the stopper begin, once."""
+        if not self._is_stopping:
             self._is_stopping = True
             self._orders.put(self.run.processes)
 
@@ -3668,14 +3773,14 @@ class Turn:
         """`item.started`: while a command runs, Codex may be silent for long."""
         item = event.get("item")
         if isinstance(item, dict) and item.get("type") != "todo_list":  # which is no work itself
-            self.items.add(str(item.get("id")))
+            self.items.add(_item_id(item))
         return True
 
     def _item_completed(self, event):
         """`item.completed`: one thing less to wait for."""
         item = event.get("item")
         if isinstance(item, dict):
-            self.items.discard(str(item.get("id")))
+            self.items.discard(_item_id(item))
         return True
 
     def _turn_ended(self, event):
@@ -3706,46 +3811,53 @@ class Turn:
     def _end(self):
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
         with contextlib.ExitStack() as stack:           # the last one first
-            stack.callback(self.runner.prune)
-            stack.callback(self.run.processes.discard)
-            stack.callback(reap_orphans)
-            stack.callback(self.runner.release, self)
-            stack.callback(self._be_over)
-            ending, failed = self._ending()
-            self._leave()
-            self.runner.finish_log(self.log, ending, self._release_unless_codex_lives)
-            logger.log(logging.WARNING if failed else logging.INFO,
-                       "turn %d ended: %s, %d events, %.1f s%s", self.id,
-                       self.terminal or self.stop_code or "exited", self.log.last,
-                       time.monotonic() - self.started_at,
-                       ": %s" % self.complaint if failed else "")
-            if not self.run.exited.is_set():
-                self._be_over()
-                self.run.exited.wait()      # no other turn starts while a Codex of this one lives
+            for step in (self.runner.prune, self.run.processes.discard, reap_orphans, self._release,
+                         self._be_over, self._await_exit, self._finish_log, self._leave,
+                         self._give_up_pending):
+                stack.callback(step)
 
-    def _release_unless_codex_lives(self):
-        """Let the next turn start, if this one's Codex is gone."""
-        if self.run.exited.is_set():
-            self.runner.release(self)
-
-    def _ending(self):
-        """The events that Codex did not give, and whether the turn has failed."""
+    def _give_up_pending(self):
+        """Nobody gets the events that the log could not take, nor an end that was among them."""
         dropped = self.log.drop_pending()
         if dropped:
             logger.error("turn %d: %d events are lost: its log can't be written: %s", self.id,
-                         len(dropped), self.log.error.strerror)
+                         len(dropped), self.log.error)
             self.terminal = None
+
+    def _finish_log(self):
+        """Give the log what Codex did not give, and say how the turn went."""
         code, ending = self.stop_code or "exited", []
         if not self.terminal:
             self.complaint = self._failure_message(code)
             ending = failure(self.complaint, code)
         failed = self.terminal == "turn.failed" or bool(ending) and code != "interrupted"
         self.runner.last_failure = failed and "turn %d failed: %s" % (self.id, self.complaint)
-        return ending, failed
+        self.runner.finish_log(self.log, ending, self._release_unless_codex_lives)
+        logger.log(logging.WARNING if failed else logging.INFO,
+                   "turn %d ended: %s, %d events, %.1f s%s", self.id, self.terminal or code,
+                   self.log.last, time.monotonic() - self.started_at,
+                   ": %s" % self.complaint if failed else "")
+
+    def _release_unless_codex_lives(self):
+        """Let the next turn start, if this one's Codex is gone."""
+        if self.run.exited.is_set():
+            self._release()
+
+    def _await_exit(self):
+        """No other turn starts while a Codex of this one lives."""
+        if not self.run.exited.is_set():
+            self._be_over()
+            self.run.exited.wait()
+
+    def _release(self):
+        """Let the next turn start."""
+        self.runner.release(self)
 
     def _failure_message(self, code):
         """What happened, and the last words of who can say why."""
-        if code == "exited":
+        if self.trouble:
+            message, words = "The engine failed in this turn, and Codex was stopped", self.trouble
+        elif code == "exited":
             message = "Codex %s before the turn was completed" % self.run.how_it_ended()
             words = self.run.last_words()
         elif code == "stalled" and self.log.error:
@@ -3761,7 +3873,7 @@ class Turn:
         """Nothing of the turn stays but its log, and what it did in the workspace."""
         if self.run:
             self.run.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        delete_folder(self.folder)
         for path in () if self.terminal else self.absent:
             with contextlib.suppress(OSError):          # not there, or not empty
                 os.rmdir(path)
@@ -3769,9 +3881,9 @@ class Turn:
     def _be_over(self):
         """Tell whoever waits for the end, and let the stopper go."""
         if not self.over.is_set():
+            self.over.set()
             self._orders.put(None)          # its stopper may go
             self.alarm.close()
-            self.over.set()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3782,25 +3894,64 @@ MAX_KEPT_TURNS = 100
 MAX_KEPT_BYTES = 256 * 1024 * 1024
 SYNC_INTERVAL = 1.0                        # seconds that a power cut may take of a turn's events
 MAX_ID_GAP = 10 ** 9                       # no engine leaves more turns out; a forged log may
+ALIEN = (errno.EISDIR, errno.ENXIO, errno.ELOOP)        # a folder, a socket, a link to itself
 
 
 class StateInUse(Exception):
     """Another engine works with the state directory."""
 
 
+def set_aside(path, reason):
+    """Give a broken or alien file, or whatever it is, another name.  Raises OSError."""
+    logger.error("%s is set aside: %s", path, reason)
+    aside = path + ".broken"
+    while os.path.lexists(aside):
+        aside += ".broken"
+    os.rename(path, aside)
+
+
+def make_way(path):
+    """Set aside what lies where a file belongs and is none.  Raises OSError."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        set_aside(path, "it is no regular file")
+
+
+def make_folder(path):
+    """Have a folder there, with those above it.  Raises OSError."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except FileExistsError:                 # it may be that it couldn't be looked at
+        try:
+            if stat.S_ISDIR(os.stat(path).st_mode):
+                return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):      # a link to nowhere
+                raise
+        set_aside(path, "it is no folder")
+        os.makedirs(path, mode=0o700)
+
+
+def delete_folder(path):
+    """Delete a folder and what is in it, as far as that is possible."""
+    with contextlib.suppress(RecursionError):           # by folders in folders, before Python 3.13
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class StateDirectory:
     """What outlives the engine, in the directory REPLICAS_ENGINE_STATE:
 
         lock            locked while an engine works with the directory
-        turns/7.log     a kept turn, see TurnLog; with .broken behind it if it can't be read
+        turns/7.log     a kept turn, see TurnLog
         turns/7.reset   the thread was reset when turn 7 was the newest: that is behind it
         turns/7.files/  what Codex takes as a file only, while turn 7 runs
 
     Replicas-engine 0.2.0 kept the thread in thread.json.  Its id goes into a .reset, which says by
     that what the thread is until there is a turn behind it.
+
+    What is broken, or no regular file, costs only itself: it gets .broken behind its name.
     """
 
-    NAME = re.compile(r"(0|[1-9][0-9]{0,14})\.(log|log\.broken|reset)")
+    NAME = re.compile(r"(0|[1-9][0-9]{0,14})\.(log|reset)((?:\.broken)*)")
 
     def __init__(self, path):
         self.path = path
@@ -3809,19 +3960,25 @@ class StateDirectory:
 
     def open(self):
         """Make it, and keep every other engine out of it.  Raises OSError and StateInUse."""
-        os.makedirs(self.turns, mode=0o700, exist_ok=True)
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
         os.chmod(self.path, 0o700)
-        self._lock_file = open(os.path.join(self.path, "lock"), "a+")
+        lock = os.path.join(self.path, "lock")
+        make_way(lock)
+        self._lock_file = open(lock, "ab")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            make_folder(self.turns)
         except BlockingIOError:
             owner = flock_owner(self._lock_file)
             self.close()
             raise StateInUse("another engine is running with the state directory %s%s" % (
                 self.path, owner and ", pid %d" % owner or "")) from None
+        except BaseException:
+            self.close()
+            raise
         for name in list_folder(self.turns):
             if name.endswith(".files"):
-                shutil.rmtree(os.path.join(self.turns, name), ignore_errors=True)
+                delete_folder(os.path.join(self.turns, name))
 
     def close(self):
         """Let another engine have the directory."""
@@ -3835,42 +3992,60 @@ class StateDirectory:
         """Where the files are that Codex takes for a turn."""
         return os.path.join(self.turns, "%d.files" % turn_id)
 
-    def _entries(self, *kinds):
-        """(turn id, path) of the files of those kinds, by turn."""
-        names = filter(None, map(self.NAME.fullmatch, list_folder(self.turns)))
+    def _entries(self, kind, broken=False):
+        """(turn id, path) of the files of that kind, by turn; of those set aside if `broken`.
+        Raises OSError: what can't be looked at is not empty."""
+        names = filter(None, map(self.NAME.fullmatch, os.listdir(self.turns)))
         return sorted((int(name.group(1)), os.path.join(self.turns, name.group()))
-                      for name in names if name.group(2) in kinds)
+                      for name in names if name.group(2) == kind and bool(name.group(3)) == broken)
 
     def turn_ids(self):
         """The ids of the kept turns, oldest first."""
         return [turn_id for turn_id, _ in self._entries("log")]
 
+    def create_log(self, turn_id, header):
+        """The log of a new turn.  Raises OSError."""
+        make_folder(self.turns)
+        path = self.turn_path(turn_id)
+        if os.path.lexists(path):
+            set_aside(path, "it lies where the log of a new turn belongs")
+        return TurnLog.create(path, header)
+
     def load_logs(self):
         """The logs that can be read, oldest first, and the newest turn's id, readable or not."""
         logs, newest = [], 0
-        for turn_id, path in self._entries("log", "log.broken"):
+        whole = self._entries("log")
+        for turn_id, path in sorted(whole + self._entries("log", broken=True)):
             try:
                 if turn_id > newest + MAX_ID_GAP:
                     raise ValueError("its number is too high")
                 newest = turn_id            # also if it can't be read: no id is given twice
-                if path.endswith(".log"):
+                if (turn_id, path) in whole:
                     logs.append(TurnLog.open(path))
             except (OSError, ValueError) as error:
-                self.pass_over(path, error)
+                if (turn_id, path) in whole:
+                    self.pass_over(path, error)
         return logs, newest
 
-    def pass_over(self, path, error):
-        """Leave a file alone that can't be read; one that is broken is set aside."""
-        logger.error("%s is passed over: %s", path, getattr(error, "strerror", None) or error)
-        if not isinstance(error, OSError):
-            with contextlib.suppress(OSError):
-                os.replace(path, path + ".broken")
+    @staticmethod
+    def pass_over(path, error):
+        """Leave a file alone that can't be read now; one that never can is set aside.  Raises the
+        OSError if it isn't about the file."""
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise error
+        if isinstance(error, OSError) and error.errno not in ALIEN:
+            logger.error("%s is passed over: %s", path, error.strerror)
+            return
+        with contextlib.suppress(OSError):
+            set_aside(path, getattr(error, "strerror", None) or error)
 
     def load_reset(self, newest):
         """(turn id, thread id): what the thread is until there is a turn behind that one."""
         self._take_over_thread(newest)
         for turn_id, path in reversed(self._entries("reset")):
             try:
+                if turn_id > newest + MAX_ID_GAP:
+                    raise ValueError("its number is too high")
                 with open_regular(path) as file:
                     thread_id = file.read(1000).decode("ascii", "replace")
                 return turn_id, thread_id_of({"thread_id": thread_id})
@@ -3883,18 +4058,20 @@ class StateDirectory:
         path = os.path.join(self.path, "thread.json")
         try:
             with open_regular(path) as file:
-                thread_id = thread_id_of(json_value.decode(file.read(READ_SIZE).decode()))
+                thread_id = thread_id_of(json_object(file.read(READ_SIZE).decode()))
             self.write_reset(newest, thread_id)
             os.unlink(path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             self.pass_over(path, error)
 
     def write_reset(self, turn_id, thread_id=None):
         """Note what the thread is behind that turn.  Raises OSError."""
+        make_folder(self.turns)
         path = os.path.join(self.turns, "%d.reset" % turn_id)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        make_way(path)
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write((thread_id or "").encode())
             file.flush()
             os.fsync(file.fileno())
@@ -3903,15 +4080,27 @@ class StateDirectory:
     def delete_old(self, may_delete):
         """Delete the oldest turns above MAX_KEPT_TURNS and MAX_KEPT_BYTES, but for the newest and
         those for which `may_delete(turn id)` is false; and resets that are behind us."""
-        count, size = 0, 0
-        for turn_id, path in reversed(self._entries("log", "log.broken")):
+        logs = self._entries("log")[::-1] + self._entries("log", broken=True)[::-1]
+        newest = max(turn_id for turn_id, _ in logs) if logs else 0
+        size = 0
+        for count, (turn_id, path) in enumerate(logs, 1):
             with contextlib.suppress(FileNotFoundError):    # deleted by another turn's end
-                count, size = count + 1, size + os.path.getsize(path)
-                if (count > 1 and (count > MAX_KEPT_TURNS or size > MAX_KEPT_BYTES)
+                size += os.lstat(path).st_blocks * 512
+                if (turn_id != newest and (count > MAX_KEPT_TURNS or size > MAX_KEPT_BYTES)
                         and may_delete(turn_id)):
-                    os.unlink(path)
+                    self._delete(path)
         for _, path in self._entries("reset")[:-1]:
+            self._delete(path)
+
+    @staticmethod
+    def _delete(path):
+        """Delete whatever it is, or say why not."""
+        try:
             os.unlink(path)
+        except IsADirectoryError:
+            delete_folder(path)
+        except OSError as error:
+            logger.error("%s can't be deleted: %s", path, error.strerror)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3960,6 +4149,7 @@ class CodexRunner:
         self.reset_at = (0, None)           # (turn id, thread id): what the thread is up to a turn
         self.logs = {}                      # id -> TurnLog of the turns whose log isn't finished
         self.unfinished = {}                # id -> the ending that such a log could not take
+        self._finishing = threading.Lock()  # one thread at a time tries again with those
         self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
         self.closing = False
         self._closed = threading.Event()
@@ -3973,9 +4163,18 @@ class CodexRunner:
         in a thread; no turn starts before that is done.
         """
         self.state.open()
+        try:
+            self._load()
+        except BaseException:
+            self.state.close()
+            raise
+
+    def _load(self):
+        """Read what is in the state directory.  Raises OSError."""
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-        logs, self.latest = self.state.load_logs()
-        self.reset_at = self.state.load_reset(self.latest)
+        logs, newest = self.state.load_logs()
+        self.reset_at = self.state.load_reset(newest)
+        self.latest = max(newest, self.reset_at[0])     # that turn's log may have been lost
         for turn_log in logs:
             if turn_log.header.get("key"):
                 self.keys[turn_log.header["key"]] = (turn_log.turn_id,
@@ -3989,34 +4188,33 @@ class CodexRunner:
 
     def _recover(self, broken):
         """The recovery thread: end what an earlier engine did not, one turn after the other."""
-        for turn_log in broken:
-            logger.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
-            try:
-                self._end_broken(turn_log)
-            except Exception:               # a bug, but no reason not to serve
-                logger.exception("turn %d can't be put in order", turn_log.turn_id)
-        self.recovered.set()
-        self.prune()
+        with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
+            stack.callback(self.prune)
+            stack.callback(self.recovered.set)
+            for turn_log in reversed(broken):
+                stack.callback(self._end_broken, turn_log)
 
     def _end_broken(self, turn_log):
         """Stop what is left of a turn that was cut short, and give its log an ending."""
+        logger.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
         try:
             left = TurnProcesses.from_saved(turn_log.header).stop()
             if left:
                 logger.error("turn %d: this can't be stopped: %s", turn_log.turn_id, left)
         except (OSError, ValueError) as error:
             logger.error("turn %d: its processes can't be stopped: %s", turn_log.turn_id, error)
-        with turn_log.open_file() as file:
-            ended = any(kind in TERMINAL for _, kind, _ in turn_log.events_at_end(1, file))
-        self.finish_log(turn_log, [] if ended else failure(STOP_MESSAGES["engine_restarted"],
-                                                           "engine_restarted"))
+        self.finish_log(turn_log, [] if turn_log.has_ending else failure(
+            STOP_MESSAGES["engine_restarted"], "engine_restarted"))
 
     def _sync_logs(self):
-        """The sync thread: a power cut takes a second of a turn at most."""
+        """The sync thread: a power cut takes a second of a turn at most, and an ending that the
+        disk could not take gets there a second after it can."""
         while not self._closed.wait(SYNC_INTERVAL):
             turn = self.current
             if turn and turn.log:
                 turn.log.sync_new()
+            with contextlib.suppress(HTTPError):
+                self._finish_left()
 
     # What the API asks for, from any thread
 
@@ -4041,7 +4239,7 @@ class CodexRunner:
             known = self.replay(key, fingerprint)
             if known:
                 return known
-            with self.lock:
+            with explained("The turn can't be started", "send it again"), self.lock:
                 if key in self.keys:        # just now
                     continue
                 self._check_free()
@@ -4064,7 +4262,11 @@ class CodexRunner:
                             "use a new key for every message" % turn_id)
         if turn_id is None:
             return None
-        return turn.log_once_started() if turn else self.turn_log(turn_id)
+        try:
+            return turn.log_once_started() if turn else self.turn_log(turn_id)
+        except NoSuchTurn:                  # pruned this moment, or somebody has deleted it
+            self._forget_turn(turn_id)
+            return None
 
     def turn_log(self, turn_id=None):
         """The log of a kept turn, by default of the newest.
@@ -4072,10 +4274,13 @@ class CodexRunner:
         Raises HTTPError 404, 503, and what kept Codex from starting if it was just about to.
         """
         with self.lock:
-            turn_id = self.latest if turn_id is None else turn_id
+            wanted, turn_id = turn_id, self.latest if turn_id is None else turn_id
             turn_log = self.logs.get(turn_id)
             turn = self._in_progress(turn_id)
         if turn:
+            turn.ready.wait()
+            if turn.problem and wanted is None:         # the newest is another one now
+                return self.turn_log()
             return turn.log_once_started()
         if turn_log:
             self.recovered.wait()           # with its ending, or as far as there is one
@@ -4199,14 +4404,13 @@ class CodexRunner:
             for key, (turn_id, fingerprint) in self.keys.items():
                 if turn_id == turn.id:
                     header.update(key=key, fingerprint=fingerprint)
-        os.makedirs(self.state.turns, mode=0o700, exist_ok=True)
-        return TurnLog.create(self.state.turn_path(turn.id), header)
+        return self.state.create_log(turn.id, header)
 
     def started(self, turn):
         """Codex has its prompt, and the turn is on the disk."""
         with self.lock:
             self.logs[turn.id] = self.newest_log = turn.log
-        self.on_change()
+        self._tell()
 
     def not_started(self, turn):
         """The turn never was: no log, no id, no key."""
@@ -4225,9 +4429,10 @@ class CodexRunner:
         try:
             turn_log.finish(ending, before_publishing)
         except OSError as error:
-            logger.error("turn %d: its ending can't be written: %s: make room in %s; it is tried "
-                         "again before the next turn", turn_log.turn_id, error.strerror,
-                         self.settings.state)
+            if turn_log.turn_id not in self.unfinished:
+                logger.error("turn %d: its ending can't be written: %s: make room in %s; it is "
+                             "tried again every second", turn_log.turn_id, error.strerror,
+                             self.settings.state)
             with self.lock:
                 self.unfinished[turn_log.turn_id] = ending
         else:
@@ -4237,10 +4442,11 @@ class CodexRunner:
 
     def _finish_left(self):
         """Write the endings that a log could not take.  Raises HTTPError 503."""
-        with self.lock:
-            left = [(self.logs[turn_id], ending) for turn_id, ending in self.unfinished.items()]
-        for turn_log, ending in left:
-            self.finish_log(turn_log, ending)
+        with self._finishing:
+            with self.lock:
+                left = [(self.logs[turn_id], ending) for turn_id, ending in self.unfinished.items()]
+            for turn_log, ending in left:
+                self.finish_log(turn_log, ending)
         if self.unfinished:
             raise unavailable("The ending of an earlier turn can't be written",
                               "make room in %s" % self.settings.state)
@@ -4251,7 +4457,12 @@ class CodexRunner:
             if self.current is not turn:
                 return
             self.current = None
-        self.on_change()
+        self._tell()
+
+    def _tell(self):
+        """Call on_change."""
+        with contextlib.suppress(OSError):  # it is about systemd's status line, no more
+            self.on_change()
 
     def prune(self):
         """Delete what is no longer kept."""
@@ -4501,6 +4712,10 @@ class Application:
         except HTTPError as error:
             self._warn_of_refused_secrets(error, environ)
             response = error.response()
+        except (OSError, MemoryError) as error:
+            logger.exception("%s %s failed", request.method, request.path)
+            response = unavailable("The machine is out of order or of room",
+                                   "%s: %s" % (type(error).__name__, error)).response()
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
             response = json_response({"error": "Internal server error",
@@ -4552,12 +4767,17 @@ class Application:
         if turn_log is None:
             options = TurnOptions(body, self.settings)
             turn_log = self.runner.start_turn(message, options, key, fingerprint)
-        if prefers_async(request):
-            summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
-                       "status": turn_summary(turn_log)["status"]}
-            response = json_response(summary, 202, [("Preference-Applied", "respond-async")])
-        else:
-            response = event_stream(request, turn_log, turn_log.start)
+        try:
+            if prefers_async(request):
+                summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
+                           "status": turn_summary(turn_log)["status"]}
+                response = json_response(summary, 202, [("Preference-Applied", "respond-async")])
+            else:
+                response = event_stream(request, turn_log, turn_log.start)
+        except HTTPError as error:          # which must not read as if nothing had been started
+            raise HTTPError(error.status, error.body["error"], "turn %d was started, see GET "
+                            "/codex/events: %s" % (turn_log.turn_id, error.body["details"]),
+                            turn_id=turn_log.turn_id) from None
         response.headers += self._ignored_keys(body)
         return response
 
@@ -4663,7 +4883,7 @@ class Application:
         """The newest turn, or None."""
         try:
             return turn_summary(self.runner.turn_log())
-        except HTTPError:
+        except NoSuchTurn:
             return None
 
     def _codex(self):
@@ -5928,7 +6148,8 @@ def open_application(app):
     except OSError as error:
         logger.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", app.settings.state,
                      error.strerror)
-        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
+        passing = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO
+        return 1 if error.errno in passing else 2
 
 
 def serve(settings):

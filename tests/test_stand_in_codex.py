@@ -460,7 +460,7 @@ def test_misbehaviour_in_a_turn(codex):
 @pytest.mark.parametrize("method", ("initialize", "thread/start", "turn/start"))
 def test_misbehaviour_at_each_step(codex, method):
     def until_then(*steps):
-        server = Server(codex, behaviour={method: list(steps)})
+        server, thread_id = Server(codex, behaviour={method: list(steps)}), None
         for name in ("initialize", "thread/start", "turn/start"):
             server.request(name, clientInfo={"name": "test"}, threadId=server.last and thread_id,
                            input=[])

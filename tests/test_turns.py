@@ -476,8 +476,7 @@ def test_turns_that_cannot_start_leave_nothing(make_engine, tmp_path):
     engine = make_engine(constants=harness.OPEN_TO_VIEW)
     engine.send("Hello")
     os.rename(engine.state, engine.state + ".away")
-    os.mkdir(engine.state)
-    with open(os.path.join(engine.state, "turns"), "wb"):
+    with open(engine.state, "wb"):
         pass                                # where the folder should be
     threads, descriptors = resources(engine)[:2]
     for _ in range(50):
@@ -485,7 +484,7 @@ def test_turns_that_cannot_start_leave_nothing(make_engine, tmp_path):
         assert answer.status == 503 and "REPLICAS_ENGINE_STATE" in answer.json()["details"]
     settled(engine, threads, descriptors)
     assert "ResourceWarning" not in engine.log()
-    shutil.rmtree(engine.state)
+    os.unlink(engine.state)
     os.rename(engine.state + ".away", engine.state)
     assert engine.send("Hello")[0].id == "2.1"
 

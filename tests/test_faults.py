@@ -1,0 +1,238 @@
+"""A system whose calls fail: each failure costs one thing, and what a client has seen stays so."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import sys
+import time
+
+import pytest
+
+import harness
+from harness import read_events, script, wait_for
+
+BEGIN = {"thread": "resume"}
+TURN = [BEGIN, {"count": {"n": 5, "size": 100}}, {"complete": True}]
+ALL = ("turn .*|stop turn .*|codex .*|sync|recovery|Thread-.*|process_request_thread.*"
+       "|connection.*")
+BROKEN = (OSError, http.client.HTTPException)
+
+
+class FaultyEngine(harness.Engine):
+    """An engine whose calls of the kernel fail as `fail` says."""
+
+    program = [sys.executable, "-W", "error", os.path.join(harness.TESTS, "faulty_engine")]
+
+    def __init__(self, folder, **env):
+        self.plan = os.path.join(str(folder), "plan")
+        super().__init__(folder, FAULTS=self.plan, **env)
+
+    def connect(self, timeout=10.0):        # what is lost on the way is asked for again
+        return super().connect(timeout)
+
+    def fail(self, **plan):
+        with open(self.plan + ".new", "w", encoding="ascii") as file:
+            json.dump(plan, file)
+        os.replace(self.plan + ".new", self.plan)
+
+    def heal(self):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.plan)
+
+    def descriptors(self):
+        """What its descriptors are open on."""
+        found = []
+        for name in os.listdir("/proc/%d/fd" % self.process.pid):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink("/proc/%d/fd/%s" % (self.process.pid, name)))
+        return found
+
+    def settle(self, most):
+        """Wait until it has no more descriptors than that."""
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: len(self.descriptors()) <= most, patience=15)
+        assert len(self.descriptors()) <= most, self.descriptors()
+
+
+class Client:
+    """Sends one message until it is answered, and reads on until `done`, whatever comes between."""
+
+    def __init__(self, engine, seen, key, message):
+        self.engine, self.seen, self.key, self.message = engine, seen, key, message
+        self.turn = None
+        self.last = None                # the id of the last event that came
+        self.done = False
+        self.answers = []
+
+    def run(self, patience=20.0):
+        """Whether it was `done` in time."""
+        deadline = time.monotonic() + patience
+        while not self.done and time.monotonic() < deadline:
+            try:
+                self.step()
+            except BROKEN as error:
+                self.answers.append(repr(error))
+            if not self.done:
+                time.sleep(0.01)
+        return self.done
+
+    def step(self):
+        if self.turn is None:
+            connection, response = self.engine.open(
+                "POST", "/codex/send", {"message": self.message}, {"Idempotency-Key": self.key})
+        else:
+            connection, response = self.engine.open(
+                "GET", "/codex/events?turn=%d" % self.turn,
+                headers={"Last-Event-ID": self.last} if self.last else {})
+        with contextlib.closing(connection):
+            self.answers.append(response.status)
+            if response.status != 200:
+                body = json.loads(response.read().decode())
+                assert body["error"] and body["details"], body
+                assert response.status == 503 or "body could not be read" in body["error"], body
+                return
+            self.turn = int(response.headers["X-Replicas-Turn-Id"])
+            self.follow(response)
+
+    def follow(self, response):
+        number = int(self.last.partition(".")[2]) if self.last else 0
+        for event in read_events(response):
+            turn, _, text = event.id.partition(".")
+            assert int(turn) == self.turn and int(text) == number + 1, (event, self.last)
+            number += 1
+            known = self.seen.setdefault(event.id, event)
+            assert known == event, "%r was %r" % (event, known)
+            self.last = event.id
+            self.done = event.type == "done"
+
+
+def check_seen(engine, seen):
+    """Every turn of which something was seen is as it was seen, and has its ending."""
+    turns = sorted({int(number.partition(".")[0]) for number in seen})
+    for turn in turns[-90:]:
+        events = harness.check_stream(engine.events(turn))
+        for event in events:
+            assert seen.setdefault(event.id, event) == event
+        assert len([number for number in seen if number.startswith("%d." % turn)]) == len(events)
+
+
+def check_alive(engine, seen, number, baseline):
+    """After the faults: nothing hangs, nothing leaks, the next turn starts, one and the same."""
+    assert engine.request("GET", "/health", secret=None).status == 200
+    assert engine.post("/codex/interrupt").status == 200
+    turn = engine.status()["turn"]
+    assert turn is None or turn["status"] != "running", turn
+    client = Client(engine, seen, "check %d" % number, "Check %d" % number)
+    assert client.run(), (client.answers, client.last)
+    assert engine.events(client.turn)[-2].type == "turn.completed"
+    assert engine.status()["turn"]["status"] == "completed"
+    if os.geteuid() == 0:
+        engine.settle(baseline)
+
+
+def live(engine, seen, number, steps=TURN):
+    """A turn's life under the faults: sent, followed, looked at, and another one interrupted."""
+    message = script(*steps, {"touch": os.path.join(engine.folder, "ran-%d" % number)})
+    client = Client(engine, seen, "key %d" % number, message)
+    done = client.run(2.0)
+    for method, path in (("GET", "/codex/status"), ("GET", "/codex/history"),
+                         ("POST", "/codex/interrupt"), ("GET", "/health")):
+        with contextlib.suppress(*BROKEN):
+            answer = engine.request(method, path)
+            assert answer.status == 200 or answer.status >= 500, (path, answer.status, answer.body)
+            assert b"Internal server error" not in answer.body, path    # it says what it is
+    engine.heal()
+    assert done or client.run(), (client.answers, client.last)
+    return client
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    engines = []
+
+    def make(**env):
+        engine = FaultyEngine(tmp_path, **env)
+        engines.append(engine)
+        return engine.start()
+    yield make
+    for engine in engines:
+        engine.heal()
+        engine.stop()
+
+
+KINDS = ["open", "os.open", "os.close", "os.pwrite", "os.posix_fallocate", "os.pipe", "fork",
+         "thread", "epoll"]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_faults_at_random(faulty, seed):
+    """Whatever fails, and however much at once."""
+    engine, seen = faulty(), {}
+    live(engine, seen, 0)
+    time.sleep(0.2)                         # what the first turn took is given back
+    baseline = len(engine.descriptors()) if os.geteuid() == 0 else 0
+    for number, probability in enumerate((0.3, 0.1, 0.03, 0.1, 0.03), 1):
+        engine.fail(seed=100 * seed + number, probability=probability, threads=ALL)
+        live(engine, seen, number)
+        check_alive(engine, seen, number, baseline)
+    check_seen(engine, seen)
+    assert engine.stop() == 0
+    engine.start()
+    check_seen(engine, seen)
+    prompts = [prompt for prompt in engine.prompts() if prompt]     # a failed start gives none
+    assert len(prompts) == len(set(prompts)), "a message was begun twice"
+
+
+def test_one_fault_of_each_kind(faulty):
+    engine, seen = faulty(), {}
+    live(engine, seen, 0)
+    time.sleep(0.2)
+    baseline = len(engine.descriptors()) if os.geteuid() == 0 else 0
+    for number, kind in enumerate(KINDS, 1):
+        engine.fail(calls=[kind], nth=1 + number % 3, seed=number, threads=ALL)
+        live(engine, seen, number)
+        check_alive(engine, seen, number, baseline)
+    check_seen(engine, seen)
+    engine.kill()
+    engine.start()
+    check_seen(engine, seen)
+
+
+def start_under_faults(engine, **plan):
+    """Whether it started in spite of them; if not it said why."""
+    begin = len(engine.log())
+    engine.fail(**plan)
+    engine.start(wait=False)
+
+    def outcome():
+        return engine.process.poll() is not None or "is listening" in engine.log()[begin:]
+    wait_for(outcome)
+    if engine.process.poll() is None:
+        engine.heal()
+        assert engine.stop() == 0
+        return True
+    engine.heal()
+    assert engine.process.returncode in (1, 2), engine.log()[begin:]
+    assert re.search("error|MemoryError", engine.log()[begin:])
+    return False
+
+
+@pytest.mark.parametrize("kind, most", [("open", 6), ("os.open", 6), ("os.listdir", 3),
+                                        ("os.stat", 4), ("os.lstat", 3), ("os.fstat", 3)])
+def test_faults_at_the_start(faulty, kind, most):
+    """Nothing is forgotten and nothing set aside because it couldn't be seen."""
+    engine, seen = faulty(), {}
+    for number in range(3):
+        live(engine, seen, number)
+    thread = engine.status()["thread_id"]
+    assert engine.stop() == 0
+    for nth in range(1, most):
+        start_under_faults(engine, calls=[kind], nth=nth, seed=nth)
+        assert not [name for name in os.listdir(os.path.join(engine.state, "turns"))
+                    if not name.endswith(".log")]
+    engine.start()
+    check_seen(engine, seen)
+    assert engine.status()["thread_id"] == thread
+    assert engine.send("Hello")[0].id == "4.1"
