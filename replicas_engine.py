@@ -17,8 +17,8 @@ Who owns which state
     CodexRunner  the turn in progress, the logs and idempotency keys of those that were.
     Turn         one message: its log, its deadlines, its ending.  It belongs to the runner and not
                  to the request that started it.
-    CodexRun     one Codex process and its pipes; a Driver tells what its lines mean.  A turn has
-                 one, or two where Codex has lost the thread.
+    CodexRun     one Codex process and its pipes; a driver, Exec or AppServer, tells what its lines
+                 mean.  A turn has one, or another where that one doesn't take the message.
     TurnLog      one turn's file; appended to by the turn's thread, read by everybody.
     WSGIServer   its connections.  It knows nothing of Codex, nor the Application of sockets.
 On disk, see StateDirectory.  `kill -9` and a power cut lose nothing that a client has seen.
@@ -28,12 +28,14 @@ The threads, and what each may touch
     log             standard error, which may block
     accept          new connections; starts one of the next for each
     connection      a client's socket; calls the Application, and so everything that has a lock
+    reserve         the same, when no thread can be started for a connection
+    problems        at the start: tries out what may keep turns from going well, and warns of it
     recovery        at the start: the turns that an earlier engine did not end
     sync            has the disk hold the running turn's log, every second
     turn N          turn N, its CodexRun and the end of its log
     stop turn N     waits until turn N is to be stopped, then its processes
     codex PID       waits for the exit of that process
-    shutdown        the end of it all, when a signal asks for it
+    stop            the end of it all, when a signal asks for it
 
 The locks: the runner's, a log's Condition and the server's guard state, each said where it is made;
 none is taken while another one is held, nor held across a yield, a socket, a file or a process.
@@ -41,10 +43,11 @@ Others let one thread at a time do something: open the state directory, start a 
 is an orphan, ring an alarm.
 
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
-Logging, Settings, Requests and responses, Routing and secret, Turn log, Event stream and results,
-Processes, Control groups, A turn's processes, Rollouts and history, Codex, Turn options, Driving
-Codex: exec, Turn, State directory, CodexRunner, Application, HTTP grammar, Connection and bodies,
-Answer, Request handler, WSGI server, systemd, Check, Command line.
+Logging, Settings, Requests and responses, Routing and secret, Events, Turn log, Event stream and
+results, Processes, Control groups, A turn's processes, Rollouts and history, Codex, Turn options,
+Driving Codex: exec, Driving Codex: app-server, Runs of Codex, Progress of a turn, Turn, State
+directory, CodexRunner, Problems, Application, HTTP grammar, Connection and bodies, Answer, Request
+handler, WSGI server, systemd, Check, Command line.
 
 Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
 setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
@@ -138,6 +141,18 @@ def boot_id():
 
 
 PR_SET_DUMPABLE, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 4, 47, 4    # <linux/prctl.h>
+
+
+def start_thread(name, target, *args):
+    """Start a daemon thread, and return it."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _snake(name):
+    """snake_case for camelCase."""
+    return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
 
 
 def prctl(option, value):
@@ -410,7 +425,7 @@ class StderrHandler(logging.Handler):
         self.journal = journal
         self.waiting = queue.SimpleQueue()      # lines, and Events to set when it is their turn
         self.dropped = 0                        # lines since the last notice; about
-        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+        start_thread("log", self._write_lines)
 
     def handle(self, record):
         self.emit(record)                   # without logging's lock: the queue is one
@@ -944,6 +959,72 @@ def check_secret(request, secret):
 
 
 # ---------------------------------------------------------------------------------------------
+# Events
+# ---------------------------------------------------------------------------------------------
+# What a turn consists of, as Codex prints it and as clients get it: a type and JSON text, in one
+# line of a text/event-stream (HTML standard, 9.2) each.
+
+EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
+EVENT_HEAD = re.compile(rb"id: [0-9]{1,15}\.([0-9]{1,15})\nevent: ([A-Za-z0-9._/-]+)\ndata: ")
+EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
+TERMINAL = ("turn.completed", "turn.failed")
+DONE = (b"done", b"{}")
+MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
+CR_COST = len(b"\ndata: ") - 1             # bytes more in the log for a CR within an event
+MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
+# Why a turn was ended by the engine: the code in its turn.failed, and the message there.
+STOP_MESSAGES = {
+    "interrupted": "The turn was interrupted",
+    "stalled": "The turn stalled: Codex made no progress for %g seconds, with no item in progress",
+    "timeout": "The turn took longer than %g seconds",
+    "shutdown": "The engine was shut down during the turn",
+    "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
+}
+
+
+def thread_id_of(event):
+    """The thread id that a thread.started event names, or None if it names none fit for use."""
+    thread_id = event.get("thread_id")
+    if isinstance(thread_id, str) and re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", thread_id):
+        return thread_id
+    return None
+
+
+def message_of(event):
+    """The `message` of an event or an error, on one line; exec's was read as Latin-1."""
+    message = event.get("message") if isinstance(event, dict) else None
+    text = message if isinstance(message, str) else ""
+    with contextlib.suppress(UnicodeError):
+        text = text.encode("latin-1").decode()
+    return " ".join(text.split())[:MAX_FAILURE_MESSAGE]
+
+
+def failure(message, code):
+    """The events that end a turn which Codex didn't end, in the form that Codex gives them."""
+    return [(b"error", json_bytes({"type": "error", "message": message})),
+            (b"turn.failed", json_bytes({"type": "turn.failed",
+                                         "error": {"message": message, "code": code}}))]
+
+
+def _parse_event(frame):
+    """(number, type, data) of an event's lines.  Raises ValueError."""
+    head = EVENT_HEAD.match(frame)
+    if not head:
+        raise ValueError("it has an event that no engine wrote")
+    data = frame[head.end():].rstrip(b"\n").replace(b"\ndata: ", b"\n")
+    return int(head.group(1)), head.group(2).decode(), data.decode("utf-8", "replace")
+
+
+def _thread_started(frame):
+    """The thread id that an event's lines name if it is a thread.started, or None."""
+    try:
+        _, kind, data = _parse_event(frame)
+        return thread_id_of(json_object(data)) if kind == "thread.started" else None
+    except ValueError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------
 # Turn log
 # ---------------------------------------------------------------------------------------------
 # A log is a text/event-stream (HTML standard, 9.2) as it goes out, event by event:
@@ -973,15 +1054,7 @@ def check_secret(request, secret):
 # written on a full disk too.  It goes when the log is finished; after a crash whoever opens the log
 # finds its end by looking for the last blank line.
 
-EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
-EVENT_HEAD = re.compile(rb"id: [0-9]{1,15}\.([0-9]{1,15})\nevent: ([A-Za-z0-9._/-]+)\ndata: ")
-EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
-TERMINAL = ("turn.completed", "turn.failed")
-DONE = (b"done", b"{}")
 MAX_HEADER = 64 * 1024                     # bytes
-MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
-CR_COST = len(b"\ndata: ") - 1             # bytes more in the log for a CR within an event
-MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
 ENDING_ROOM = 32 * 1024                    # bytes: two events with such a message, and `done`
 ROOM_STEP = 64 * 1024                      # bytes that the disk is asked for at once
 MAX_UNFINISHED = 2 * MAX_EVENT             # bytes behind the last event that a crash may leave
@@ -993,48 +1066,6 @@ class NoSuchTurn(HTTPError):
 
     def __init__(self, details):
         super().__init__(404, "No such turn", details)
-
-
-def thread_id_of(event):
-    """The thread id that a thread.started event names, or None if it names none fit for use."""
-    thread_id = event.get("thread_id")
-    if isinstance(thread_id, str) and re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", thread_id):
-        return thread_id
-    return None
-
-
-def failure(message, code):
-    """The events that end a turn which Codex didn't end, in the form that Codex gives them."""
-    return [(b"error", json_bytes({"type": "error", "message": message})),
-            (b"turn.failed", json_bytes({"type": "turn.failed",
-                                         "error": {"message": message, "code": code}}))]
-
-
-def message_of(event):
-    """The `message` of an event or an error, on one line; exec's was read as Latin-1."""
-    message = event.get("message") if isinstance(event, dict) else None
-    text = message if isinstance(message, str) else ""
-    with contextlib.suppress(UnicodeError):
-        text = text.encode("latin-1").decode()
-    return " ".join(text.split())[:MAX_FAILURE_MESSAGE]
-
-
-def _parse_event(frame):
-    """(number, type, data) of an event's lines.  Raises ValueError."""
-    head = EVENT_HEAD.match(frame)
-    if not head:
-        raise ValueError("it has an event that no engine wrote")
-    data = frame[head.end():].rstrip(b"\n").replace(b"\ndata: ", b"\n")
-    return int(head.group(1)), head.group(2).decode(), data.decode("utf-8", "replace")
-
-
-def _thread_started(frame):
-    """The thread id that an event's lines name if it is a thread.started, or None."""
-    try:
-        _, kind, data = _parse_event(frame)
-        return thread_id_of(json_object(data)) if kind == "thread.started" else None
-    except ValueError:
-        return None
 
 
 def _parse_header(text):
@@ -1665,7 +1696,7 @@ def command_of(pid):
 # ---------------------------------------------------------------------------------------------
 # Control groups
 # ---------------------------------------------------------------------------------------------
-# Version 2 of them, cgroups(7).  Where the service manager delegates its control group to the engine
+# Version 2 of them, cgroups(7).  Where the service manager delegates its control group to us
 # (in the unit: Delegate=yes), or root runs it, every turn has one of its own below that.  Whatever
 # its processes do, their children are in it too, and the kernel kills and counts them all at once.
 
@@ -2436,6 +2467,10 @@ GLOBAL_PLACES = ("/usr/local/bin", "/usr/bin", "~/.npm-global/bin", "~/.local/bi
 NODE_VERSIONS = ("~/.nvm/versions/node", "~/.local/share/fnm/node-versions",
                  "/usr/local/n/versions")
 
+# Mount points that the sandbox of Codex 0.169 makes while a command runs, and leaves when Codex is
+# stopped meanwhile; an empty .git keeps git from cloning into the workspace.
+SANDBOX_MOUNTS = (".git", ".agents", ".aws", ".codex")
+
 PLATFORMS = {"x86_64": ("x86_64-unknown-linux-musl", "codex-linux-x64"),
              "aarch64": ("aarch64-unknown-linux-musl", "codex-linux-arm64")}
 
@@ -2586,6 +2621,18 @@ class CodexFinder:
             os.killpg(child.pid, signal.SIGKILL)    # it may be a script that waits for another
         match = re.search(rb"[0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Za-z]*", output)
         return match.group().decode() if match else None
+
+
+def _own_usage(turn_log, usage, usages):
+    """What a turn used of its own: from 0.98 on Codex says what its whole thread has.  `usages` is
+    what the turns before it said, by thread; None where that isn't known."""
+    version = version_numbers(turn_log.header.get("version"))
+    if usage is None or version is None:
+        return None
+    if version < FIRST_WITH_USAGE_OF_THREAD or turn_log.header.get("thread_id") is None:
+        return usage                        # or the turn began the thread
+    before = usages.get(turn_log.thread_id)
+    return before and {key: count - before.get(key, 0) for key, count in usage.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2801,6 +2848,10 @@ def _well_formed(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+class Refused(Exception):
+    """The app-server doesn't take the turn, or speaks otherwise than we know; nothing was begun."""
+
+
 class Exec:
     """A turn by way of `codex exec`: the message goes in, and every line that comes is an event.
 
@@ -2870,14 +2921,6 @@ DELTAS = {"item/agentMessage/delta": ("agent_message", "text_delta"),
 SILENT = {"userMessage", "hookPrompt", "functionCallOutput", "plan", "dynamicToolCall",
           "subAgentActivity", "imageView", "sleep", "imageGeneration", "enteredReviewMode",
           "exitedReviewMode", "contextCompaction"}
-
-
-class Refused(Exception):
-    """The app-server doesn't take the turn, or speaks otherwise than we know; nothing was begun."""
-
-
-def _snake(name):
-    return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
 
 
 def _change(change):
@@ -3232,6 +3275,13 @@ class AppServer:
 
 MAX_STDERR_TAIL = 8 * 1024                 # bytes of Codex's stderr that are kept
 MAX_LOGGED_SKIPS = 5                       # skipped lines of a run that get a log line each
+# What Codex 0.50, 0.98 and 0.169 say of a rollout that is gone, and of one without its beginning,
+# as a power cut may leave it.
+UNKNOWN_THREAD = re.compile(
+    rb"no rollout found|(?:thread|session|conversation)[^\n]{0,99} not found|empty session file"
+    rb"|failed to parse (?:thread|conversation) ID"
+    rb"|rollout at [^\n]{1,4200} (?:is empty|does not start with session metadata)",
+    re.IGNORECASE)
 
 
 class Alarm:
@@ -3311,8 +3361,7 @@ class CodexRun:
         self._selector.register(self.child.stdin, selectors.EVENT_WRITE, self._write_input)
         self._selector.register(self.child.stdout, selectors.EVENT_READ, self._read_stdout)
         self._selector.register(self.child.stderr, selectors.EVENT_READ, self._read_stderr)
-        threading.Thread(target=self._await_exit, name="codex %d" % self.child.pid,
-                         daemon=True).start()
+        start_thread("codex %d" % self.child.pid, self._await_exit)
 
     def _await_exit(self):
         """A thread that waits for the exit, since no file descriptor tells it before Python 3.9."""
@@ -3441,6 +3490,10 @@ class CodexRun:
             return "was killed by %s" % _signal_name(-status)
         return "exited with status %d" % status
 
+    def says_unknown_thread(self):
+        """Whether it failed since it doesn't know the thread that it was to resume."""
+        return self.child.returncode and UNKNOWN_THREAD.search(self.stderr)
+
     def last_words(self):
         """The end of what it printed to standard error."""
         text = self.stderr.decode("utf-8", "replace")
@@ -3454,6 +3507,69 @@ class CodexRun:
 
 
 # ---------------------------------------------------------------------------------------------
+# Progress of a turn
+# ---------------------------------------------------------------------------------------------
+
+def _item_id(item):
+    return item["id"] if isinstance(item.get("id"), str) else None
+
+
+class Progress:
+    """What a turn's events tell: what is under way, and how Codex ended the turn."""
+
+    def __init__(self):
+        self.items = set()                  # ids of the items in progress
+        self.terminal = None                # the type of the event with which Codex ended it
+        self.complaint = None               # what Codex's last `error` said, if nothing came after
+        # Moments of time.monotonic: of the last event that was progress, and of the terminal one
+        self.last_at = self.ended_at = time.monotonic()
+
+    def start_anew(self):
+        """Begin to wait now: until now it was not Codex that kept us waiting."""
+        self.last_at = self.ended_at = time.monotonic()
+
+    def learn(self, kind, event):
+        """Learn from the next event."""
+        if kind != "error":                 # which is Codex's trying again, perhaps for ever
+            self.last_at, self.complaint = time.monotonic(), None
+        learn = self.LESSONS.get(kind)
+        if learn:
+            learn(self, event)
+
+    def _complained(self, event):
+        """`error`: mostly that Codex tries again, and not the end."""
+        self.complaint = message_of(event)
+
+    def _thread_started(self, event):
+        """`thread.started`: the log reads the id from it."""
+        if thread_id_of(event) is None:
+            logger.warning("Codex gave its thread a malformed id")
+
+    def _item_started(self, event):
+        """`item.started`: while a command runs, Codex may be silent for long."""
+        item = event.get("item")
+        if isinstance(item, dict) and item.get("type") != "todo_list":  # which is no work itself
+            self.items.add(_item_id(item))
+
+    def _item_completed(self, event):
+        """`item.completed`: one thing less to wait for."""
+        item = event.get("item")
+        if isinstance(item, dict):
+            self.items.discard(_item_id(item))
+
+    def _turn_ended(self, event):
+        """`turn.completed` or `turn.failed`: the last event that counts."""
+        self.terminal = event["type"]
+        if self.terminal == "turn.failed":
+            self.complaint = message_of(event.get("error"))
+        self.ended_at = time.monotonic()
+
+    LESSONS = {"error": _complained, "thread.started": _thread_started,
+               "item.started": _item_started, "item.completed": _item_completed,
+               "turn.completed": _turn_ended, "turn.failed": _turn_ended}
+
+
+# ---------------------------------------------------------------------------------------------
 # Turn
 # ---------------------------------------------------------------------------------------------
 
@@ -3464,27 +3580,6 @@ DISK_PATIENCE = 1.0                        # seconds between two tries to write 
 LOOK_INTERVAL = 5.0                        # seconds between two looks at the deadlines, at most
 PAUSE = 5.0                                # seconds that a look is late when the machine was paused
 
-STOP_MESSAGES = {
-    "interrupted": "The turn was interrupted",
-    "stalled": "The turn stalled: Codex made no progress for %g seconds, with no item in progress",
-    "timeout": "The turn took longer than %g seconds",
-    "shutdown": "The engine was shut down during the turn",
-    "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
-}
-# Mount points that the sandbox of Codex 0.169 makes while a command runs, and leaves when Codex is
-# stopped meanwhile; an empty .git keeps git from cloning into the workspace.
-SANDBOX_MOUNTS = (".git", ".agents", ".aws", ".codex")
-# What Codex 0.50, 0.98 and 0.169 say of a rollout that is gone, and of one without its beginning,
-# as a power cut may leave it.
-UNKNOWN_THREAD = re.compile(
-    rb"no rollout found|(?:thread|session|conversation)[^\n]{0,99} not found|empty session file"
-    rb"|failed to parse (?:thread|conversation) ID"
-    rb"|rollout at [^\n]{1,4200} (?:is empty|does not start with session metadata)",
-    re.IGNORECASE)
-
-
-def _item_id(item):
-    return item["id"] if isinstance(item.get("id"), str) else None
 
 
 class Turn:
@@ -3517,12 +3612,10 @@ class Turn:
         self.codex = None
         self.run = None                     # the CodexRun
         self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
-        self.items = set()                  # ids of the items in progress
-        self.terminal = None                # the type of the event with which Codex ended it
-        self.complaint = None               # what Codex's last `error` said, if nothing came after
+        self.progress = Progress()
         self.trouble = None                 # what went wrong in the engine itself
         # Moments of time.monotonic
-        self.started_at = self.progress_at = self.ended_at = time.monotonic()
+        self.started_at = time.monotonic()
         self.timed_from = self.started_at   # for REPLICAS_ENGINE_TURN_TIMEOUT
         # The stopper's
         self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None when there are none
@@ -3535,7 +3628,7 @@ class Turn:
     def start(self):
         """Run it in a thread of its own; `ready` and `over` are set whatever comes."""
         try:
-            threading.Thread(target=self._main, name="turn %d" % self.id, daemon=True).start()
+            start_thread("turn %d" % self.id, self._main)
         except (RuntimeError, MemoryError) as error:        # there are too many threads
             self._not_started(error)
 
@@ -3561,7 +3654,7 @@ class Turn:
             if self._is_refused():
                 self._relay_again(self.thread_id, "codex app-server doesn't take the turn, so exec "
                                   "does: %s" % (self.run.refused or self.run.how_it_ended()))
-            if self._is_thread_unknown():
+            if self._is_untouched() and self.run.says_unknown_thread():
                 self._relay_again(None, "Codex doesn't know thread %s any more: the message goes "
                                   "to a new one" % self.thread_id)
         except Exception as error:          # whatever it is, no reason to leave Codex running
@@ -3583,8 +3676,7 @@ class Turn:
         mounts = [os.path.join(self.settings.workspace, name) for name in SANDBOX_MOUNTS]
         self.absent = [path for path in mounts if not os.path.lexists(path)]
         # Before it is needed: there may be too many threads then.
-        threading.Thread(target=self._stop_when_told, name="stop turn %d" % self.id,
-                         daemon=True).start()
+        start_thread("stop turn %d" % self.id, self._stop_when_told)
         with explained("Codex can't be started", "see CODEX_PATH"):
             self._launch(self.thread_id, self.options.is_live(version_numbers(
                 self.runner.finder.version(self.codex))))
@@ -3608,7 +3700,7 @@ class Turn:
             self.settings, self.codex, self.options, thread_id, self.message)
         self.run = CodexRun(driver, self.settings, self.codex,
                             TurnProcesses.create(self.id, self.mark), self.alarm)
-        self.progress_at = time.monotonic()
+        self.progress.start_anew()
 
     def _relay_again(self, thread_id, why):
         """Have another run of Codex take the message, of which the last one took nothing."""
@@ -3662,20 +3754,21 @@ class Turn:
         if time.monotonic() > begin + seconds + PAUSE:
             logger.warning("turn %d: the machine stood still for %d s: its time-outs begin anew",
                            self.id, time.monotonic() - begin - seconds)
-            self.timed_from = self.progress_at = self.ended_at = time.monotonic()
+            self.timed_from = time.monotonic()
+            self.progress.start_anew()
         self._publish(self.run.take_events())
 
     def _hold_back(self, holding):
         """While the disk takes nothing, Codex waits; what doesn't pass by itself ends the turn."""
         if self.run.hold_back(holding) and not holding:
-            self.progress_at = time.monotonic()       # we kept it waiting, and not it us
+            self.progress.start_anew()
         if holding and self.log.error.errno not in (errno.ENOSPC, errno.EDQUOT):
             self.runner.stop(self, "stalled")
 
     def _stop(self):
         """Have the stopper begin, when Codex was asked and had its time; not if the turn has ended
         by itself and that is in the log."""
-        if self._is_stopping or self.terminal and self.log.flush():
+        if self._is_stopping or self.progress.terminal and self.log.flush():
             return
         request, now = self.run.driver.interrupt(), time.monotonic()
         if request:
@@ -3715,15 +3808,16 @@ class Turn:
         if self._asked_until:
             return min(waits[0], max(0.0, self._asked_until - time.monotonic()))
         now, deadlines = time.monotonic(), []
-        if self.terminal:
+        if self.progress.terminal:
             patience = INTERRUPT_PATIENCE if self.stop_code else EXIT_PATIENCE
-            deadlines.append((self.ended_at + patience, None))
+            deadlines.append((self.progress.ended_at + patience, None))
         elif self.settings.turn_timeout:
             deadlines.append((self.timed_from + self.settings.turn_timeout, "timeout"))
-        if self.settings.idle_timeout and not (self.items or self.terminal or holding):
-            deadlines.append((self.progress_at + self.settings.idle_timeout, "stalled"))
+        if self.settings.idle_timeout and not (
+                self.progress.items or self.progress.terminal or holding):
+            deadlines.append((self.progress.last_at + self.settings.idle_timeout, "stalled"))
         if not self.run.driver.accepted:
-            deadlines.append((self.progress_at + ACCEPT_PATIENCE, "refused"))
+            deadlines.append((self.progress.last_at + ACCEPT_PATIENCE, "refused"))
         for deadline, code in deadlines:
             if now >= deadline:
                 self._too_late(code)
@@ -3740,73 +3834,28 @@ class Turn:
         else:
             self.runner.stop(self, code)
 
-    # What the turn learns from an event; a false answer keeps it from the clients.
-
     def _publish(self, events):
-        """Append the events to the log but for those that aren't for the clients."""
-        wanted = [(kind, data) for kind, data, value in events if self._learn(kind.decode(), value)]
+        """Append the events to the log, but for those that aren't for the clients."""
+        wanted = []
+        for kind, data, value in events:
+            if self.progress.terminal:
+                self.run.skip("it came after the turn's end")
+            # Where we stop the turn, we say why ourselves.
+            elif not (kind == b"turn.failed" and self.stop_code):
+                self.progress.learn(kind.decode(), value)
+                wanted.append((kind, data))
         if wanted:
             self.log.append(wanted)
 
-    def _learn(self, kind, event):
-        """Learn from an event; false if it is not for the clients."""
-        if self.terminal:
-            self.run.skip("it came after the turn's end")
-            return False
-        if kind != "error":                 # which is Codex's trying again, perhaps for ever
-            self.progress_at, self.complaint = time.monotonic(), None
-        learn = self.LESSONS.get(kind)
-        return learn is None or learn(self, event)
-
-    def _complained(self, event):
-        """`error`: mostly that Codex tries again, and not the end."""
-        self.complaint = message_of(event)
-        return True
-
-    def _thread_started(self, event):
-        """`thread.started`: the log reads the id from it."""
-        if thread_id_of(event) is None:
-            logger.warning("turn %d: a malformed thread id", self.id)
-        return True
-
-    def _item_started(self, event):
-        """`item.started`: while a command runs, Codex may be silent for long."""
-        item = event.get("item")
-        if isinstance(item, dict) and item.get("type") != "todo_list":  # which is no work itself
-            self.items.add(_item_id(item))
-        return True
-
-    def _item_completed(self, event):
-        """`item.completed`: one thing less to wait for."""
-        item = event.get("item")
-        if isinstance(item, dict):
-            self.items.discard(_item_id(item))
-        return True
-
-    def _turn_ended(self, event):
-        """`turn.completed` or `turn.failed`: the last event that counts."""
-        if event["type"] == "turn.failed" and self.stop_code:
-            return False                    # we stop it and say why ourselves
-        self.terminal = event["type"]
-        if self.terminal == "turn.failed":
-            self.complaint = message_of(event.get("error"))
-        self.ended_at = time.monotonic()
-        return True
-
-    LESSONS = {"error": _complained, "thread.started": _thread_started,
-               "item.started": _item_started, "item.completed": _item_completed,
-               "turn.completed": _turn_ended, "turn.failed": _turn_ended}
-
     # Its end
+
+    def _is_untouched(self):
+        """Whether nothing has come of the message, and nobody wants it to."""
+        return self.thread_id and not self.log.last and not self.stop_code
 
     def _is_refused(self):
         """Whether the app-server has not taken the message, so that exec may."""
         return not self.stop_code and not self.run.driver.accepted
-
-    def _is_thread_unknown(self):
-        """Whether Codex said nothing but that it doesn't know the thread."""
-        return (self.thread_id and not self.log.last and not self.stop_code
-                and self.run.child.returncode and UNKNOWN_THREAD.search(self.run.stderr))
 
     def _end(self):
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
@@ -3822,21 +3871,23 @@ class Turn:
         if dropped:
             logger.error("turn %d: %d events are lost: its log can't be written: %s", self.id,
                          len(dropped), self.log.error)
-            self.terminal = None
+            self.progress.terminal = None
 
     def _finish_log(self):
         """Give the log what Codex did not give, and say how the turn went."""
         code, ending = self.stop_code or "exited", []
-        if not self.terminal:
-            self.complaint = self._failure_message(code)
-            ending = failure(self.complaint, code)
-        failed = self.terminal == "turn.failed" or bool(ending) and code != "interrupted"
-        self.runner.last_failure = failed and "turn %d failed: %s" % (self.id, self.complaint)
+        if not self.progress.terminal:
+            self.progress.complaint = self._failure_message(code)
+            ending = failure(self.progress.complaint, code)
+        failed = self.progress.terminal == "turn.failed" or bool(ending) and code != "interrupted"
+        self.runner.last_failure = failed and "turn %d failed: %s" % (
+            self.id, self.progress.complaint)
         self.runner.finish_log(self.log, ending, self._release_unless_codex_lives)
         logger.log(logging.WARNING if failed else logging.INFO,
-                   "turn %d ended: %s, %d events, %.1f s%s", self.id, self.terminal or code,
+                   "turn %d ended: %s, %d events, %.1f s%s", self.id,
+                   self.progress.terminal or code,
                    self.log.last, time.monotonic() - self.started_at,
-                   ": %s" % self.complaint if failed else "")
+                   ": %s" % self.progress.complaint if failed else "")
 
     def _release_unless_codex_lives(self):
         """Let the next turn start, if this one's Codex is gone."""
@@ -3865,7 +3916,7 @@ class Turn:
         else:
             seconds = {"stalled": self.settings.idle_timeout, "timeout": self.settings.turn_timeout}
             message = STOP_MESSAGES[code] % ((seconds[code],) if code in seconds else ())
-            words = self.complaint if code == "stalled" else None
+            words = self.progress.complaint if code == "stalled" else None
         room = MAX_FAILURE_MESSAGE - len(message) - 2
         return "%s: %s" % (message, words[-room:]) if words else message
 
@@ -3874,7 +3925,7 @@ class Turn:
         if self.run:
             self.run.close()
         delete_folder(self.folder)
-        for path in () if self.terminal else self.absent:
+        for path in () if self.progress.terminal else self.absent:
             with contextlib.suppress(OSError):          # not there, or not empty
                 os.rmdir(path)
 
@@ -4114,18 +4165,6 @@ def _check_stopped(turn):
                         processes=turn.left)
 
 
-def _own_usage(turn_log, usage, usages):
-    """What a turn used of its own: from 0.98 on Codex says what its whole thread has.  `usages` is
-    what the turns before it said, by thread; None where that isn't known."""
-    version = version_numbers(turn_log.header.get("version"))
-    if usage is None or version is None:
-        return None
-    if version < FIRST_WITH_USAGE_OF_THREAD or turn_log.header.get("thread_id") is None:
-        return usage                        # or the turn began the thread
-    before = usages.get(turn_log.thread_id)
-    return before and {key: count - before.get(key, 0) for key, count in usage.items()}
-
-
 class CodexRunner:
     """The conversation: the thread, the turn in progress, and the turns that were.
 
@@ -4182,9 +4221,8 @@ class CodexRunner:
         self.newest_log = logs[-1] if logs else None
         broken = [turn_log for turn_log in logs if not turn_log.finished]
         self.logs = {turn_log.turn_id: turn_log for turn_log in broken}
-        threading.Thread(target=self._recover, args=(broken,), name="recovery",
-                         daemon=True).start()
-        threading.Thread(target=self._sync_logs, name="sync", daemon=True).start()
+        start_thread("recovery", self._recover, broken)
+        start_thread("sync", self._sync_logs)
 
     def _recover(self, broken):
         """The recovery thread: end what an earlier engine did not, one turn after the other."""
@@ -4314,7 +4352,7 @@ class CodexRunner:
         Raises HTTPError 500 that says what could not be stopped."""
         turn = self._stop_current("interrupted")
         _check_stopped(turn)
-        return turn.id if turn and not turn.problem and turn.terminal is None else None
+        return turn.id if turn and not turn.problem and turn.progress.terminal is None else None
 
     def reset(self):
         """Stop the turn in progress and forget the thread.  Raises HTTPError 503, and 500 as
@@ -5686,7 +5724,7 @@ class WSGIServer(ThreadingHTTPServer):
             self._ready.register(listener, select.EPOLLIN)
         self._reserve = queue.LifoQueue()   # connections for which there was no thread
         for _ in range(RESERVE_THREADS):
-            threading.Thread(target=self._serve_reserve, name="reserve", daemon=True).start()
+            start_thread("reserve", self._serve_reserve)
         self._environ = {
             "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr,
             "wsgi.multithread": True, "wsgi.multiprocess": False, "wsgi.run_once": False,
@@ -6129,13 +6167,6 @@ def stop_when_told(stop, inbox, *closers):
         except Exception:
             logger.exception("the end is not in order")
     inbox.put(Inbox.STOPPED)
-
-
-def start_thread(name, target, *args):
-    """Start a daemon thread, and return it."""
-    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-    thread.start()
-    return thread
 
 
 def open_application(app):
