@@ -1696,22 +1696,32 @@ def command_of(pid):
 # ---------------------------------------------------------------------------------------------
 # Control groups
 # ---------------------------------------------------------------------------------------------
-# Version 2 of them, cgroups(7).  Where the service manager delegates its control group to us
-# (in the unit: Delegate=yes), or root runs it, every turn has one of its own below that.  Whatever
-# its processes do, their children are in it too, and the kernel kills and counts them all at once.
+# Version 2 of them, cgroups(7).  Where the service manager delegates its control group to us (in
+# the unit: Delegate=yes), every turn has one of its own below that.  Whatever its processes do,
+# their children are in it too, and the kernel kills and counts them all at once.
+#
+# To put a process in takes some 10 ms, for the kernel waits for all processors.  A real Codex takes
+# longer to ask for its prompt.
 
-CGROUP_TREES = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")     # of version 2; hybrid machines
+CGROUP_TREES = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")     # the latter on hybrid machines
 
 
-def own_cgroup():
-    """The folder of our own control group, or None."""
+def delegated_cgroup():
+    """The folder of our own control group, if it is for us to divide, or None."""
     with contextlib.suppress(OSError):
         for line in (_look(_read, "/proc/self/cgroup") or b"").splitlines():
             for tree in CGROUP_TREES if line.startswith(b"0::/") else ():
                 folder = (tree + os.fsdecode(line[3:])).rstrip("/")
                 if b"%d" % os.getpid() in (_look(_read, folder + "/cgroup.procs") or b"").split():
-                    return folder
+                    return folder if _is_delegated(folder) else None
     return None
+
+
+def _is_delegated(folder):
+    """As systemd says it: to root by an attribute, to others by giving it away."""
+    if os.geteuid() != 0:
+        return os.stat(folder).st_uid == os.geteuid()
+    return os.getxattr(folder, "trusted.delegate") == b"1"
 
 
 class ControlGroup:
@@ -1725,7 +1735,7 @@ class ControlGroup:
     @classmethod
     def make(cls, turn_id, mark):
         """A new one, or None where that is not for us."""
-        parent = own_cgroup()
+        parent = delegated_cgroup()
         if parent is None:
             return None
         folder = "%s/%s%d-%s" % (parent, cls.PREFIX, turn_id, mark)
@@ -2087,7 +2097,7 @@ class TurnProcesses:
 def end_leftovers():
     """Where we are a service in a control group of its own, ask what turns left running to end, and
     give it TERMINATE_PATIENCE: the service manager kills it next."""
-    parent = own_cgroup() if "NOTIFY_SOCKET" in os.environ else None
+    parent = delegated_cgroup() if "NOTIFY_SOCKET" in os.environ else None
     if parent is None or (_look(_read, parent + "/cgroup.procs") or b"").split() != [
             b"%d" % os.getpid()]:
         return

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -30,6 +31,52 @@ def unique():
 def sleepers(number):
     """Those among them that do the sleeping, and are not Codex's or a shell's command line."""
     return [pid for pid in running(number) if command_of(pid)[:1] == [b"sleep"]]
+
+
+# Two ways to know them
+
+def works(command):
+    try:
+        return subprocess.run(command, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def delegated():
+    """The folder of a control group that is delegated to root as systemd does it; None if that
+    can't be made."""
+    folder = None
+    try:
+        with open("/proc/self/cgroup", encoding="ascii") as file:
+            own, = [line[3:].strip() for line in file if line.startswith("0::")]
+        tree, = [tree for tree in replicas_engine.CGROUP_TREES
+                 if os.path.exists("%s%s/cgroup.procs" % (tree, own))]
+        folder = tempfile.mkdtemp(prefix="replicas-test-", dir=tree + own)
+        os.setxattr(folder, "trusted.delegate", b"1")
+    except (OSError, ValueError):
+        yield None
+    else:
+        yield folder
+    for path, _, _ in os.walk(folder or "", topdown=False):
+        wait_for(replicas_engine.ControlGroup(path).is_empty)
+        os.rmdir(path)
+
+
+with delegated() as trial:
+    WAYS = ["process table", "control group"] if trial else ["process table"]
+
+
+@pytest.fixture
+def go_the_way():
+    """A function: have an engine that isn't started yet know a turn's processes in that way."""
+    with contextlib.ExitStack() as stack:
+        def go(engine, way):
+            if way == "control group":
+                engine.program = ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"',
+                                  stack.enter_context(delegated())] + engine.program
+        yield go
 
 
 # The real Codex
@@ -54,27 +101,55 @@ COMMANDS = {
     "ignoring signals": ("trap '' TERM INT HUP; setsid sleep {n} & sleep {n}; sleep {n}", 2),
     "a chain of forks": ("sleep {n} & {python} {chain} {n}; wait", 1),
     "many forks": ("for i in $(seq 150); do sleep {n} & done; wait", 150),
+    "many orphans": ("for i in $(seq 500); do (setsid sleep {n} &); done; sleep {n}", 501),
+    "stopped": ("sleep {n} & kill -STOP $!; setsid -f sh -c 'sleep {n} & kill -STOP $$'; sleep {n}",
+                2),
+    "without an environment": ("env -i setsid -f sleep {n}; (env -i setsid sleep {n} &); sleep {n}",
+                               3),
+    "in a PID namespace": ("unshare --user --map-root-user --pid --fork setsid sleep {n} & sleep {n}",
+                           2),
 }
+NOT_IN_THE_SANDBOX = ["in a PID namespace"]
+# By a later engine these can't be found in the process table, as nothing of the turn is on them.
+NOT_WITHOUT_CONTROL_GROUPS = ["without an environment"]
 
 
-@pytest.mark.parametrize("sandbox", ["danger-full-access", "workspace-write"])
-@pytest.mark.parametrize("version", ["0.169.0", "0.98.0", "0.50.0"])
-def test_the_real_codex_and_all_it_runs(make_engine, model, version, sandbox):
-    codex = conftest.real_codex(version)
-    engine = make_engine(start=False, CODEX_PATH=codex, CODEX_API_KEY="a key")
-    model(engine.codex_home)
-    engine.start()
-    chain = os.path.join(engine.workspace, "chain.py")
+@pytest.fixture(params=["0.169.0", "0.98.0", "0.50.0"])
+def real_engine(request, go_the_way, make_engine, model):
+    """A function: an engine that goes that way, with a real Codex."""
+    codex = conftest.real_codex(request.param)
+
+    def start(way):
+        engine = make_engine(start=False, CODEX_PATH=codex, CODEX_API_KEY="a key")
+        model(engine.codex_home)
+        go_the_way(engine, way)
+        return engine.start()
+
+    return start
+
+
+def run_for_long(engine, name, **options):
+    """A turn in which what COMMANDS[name] starts is running: its id, and the number of all that."""
+    number, chain = unique(), os.path.join(engine.workspace, "chain.py")
     with open(chain, "w", encoding="utf-8") as file:
         file.write(FORK_CHAIN)
-    thread = None
-    for name, (command, count) in COMMANDS.items():
-        number = unique()
-        command = command.format(n=number, python=sys.executable, chain=chain)
-        turn = engine.start_turn("model: run " + command, sandbox_mode=sandbox)
-        wait_for(lambda: len(sleepers(number)) >= count, name)
-        if "{chain}" in COMMANDS[name][0]:
-            wait_for(lambda: os.path.exists(os.path.join(engine.workspace, "chain")))
+    command, count = COMMANDS[name]
+    command = command.format(n=number, python=sys.executable, chain=chain)
+    turn = engine.start_turn("model: run " + command, **options)
+    wait_for(lambda: len(sleepers(number)) >= count, name)
+    if "{chain}" in COMMANDS[name][0]:
+        wait_for(lambda: os.path.exists(os.path.join(engine.workspace, "chain")))
+    return turn, number
+
+
+@pytest.mark.parametrize("way, sandbox", [(way, "danger-full-access") for way in WAYS]
+                         + [(WAYS[-1], "workspace-write")])
+def test_the_real_codex_and_all_it_runs(real_engine, way, sandbox):
+    engine, thread = real_engine(way), None
+    for name in COMMANDS:
+        if sandbox == "workspace-write" and name in NOT_IN_THE_SANDBOX:
+            continue
+        turn, number = run_for_long(engine, name, sandbox_mode=sandbox)
         answer = engine.post("/codex/interrupt")
         left = running(number)
         assert not left, (name, [command_of(pid) for pid in left])
@@ -89,41 +164,34 @@ def test_the_real_codex_and_all_it_runs(make_engine, model, version, sandbox):
     assert events[-2].type == "turn.completed"
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_the_real_codex_of_an_engine_that_is_killed(real_engine, way):
+    engine, bystander = real_engine(way), unique()
+    with subprocess.Popen(["sleep", bystander]) as sleeping:
+        for name in COMMANDS:
+            if way == "process table" and name in NOT_WITHOUT_CONTROL_GROUPS:
+                continue
+            turn, number = run_for_long(engine, name, sandbox_mode="danger-full-access")
+            engine.kill()
+            engine.start()
+            assert engine.events(turn)[-2].json()["error"]["code"] == "engine_restarted"
+            left = running(number)
+            assert not left, (name, [command_of(pid) for pid in left])
+        assert sleeping.poll() is None
+        sleeping.kill()
+
+
 # What other processes do, with the stand-in
 
 def sleeper(number, **how):
     return {"spawn": dict({"argv": ["sleep", number], "stdout": "null"}, **how)}
 
 
-def works(command):
-    try:
-        return subprocess.run(command, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL).returncode == 0
-    except OSError:
-        return False
-
-
-def can_have_control_groups():
-    group = replicas_engine.ControlGroup.make(0, "trial-%d" % os.getpid())
-    if group:
-        group.remove()
-    return group is not None
-
-
-# An engine that finds no control groups, though this machine has them.
-WITHOUT_CONTROL_GROUPS = ["unshare", "--mount", "sh", "-c",
-                          'mount -t tmpfs tmpfs /sys/fs/cgroup && exec "$@"', "sh"]
-WAYS = ["process table"]
-if can_have_control_groups() and works(WITHOUT_CONTROL_GROUPS + ["true"]):
-    WAYS.append("control group")
-
-
 @pytest.fixture(params=WAYS)
-def engine(request, make_engine):
+def engine(request, go_the_way, make_engine):
     """An engine with the stand-in Codex, for each way to know a turn's processes."""
     made = make_engine(start=False)
-    if request.param != WAYS[-1]:
-        made.program = WITHOUT_CONTROL_GROUPS + harness.Engine.program
+    go_the_way(made, request.param)
     return made.start()
 
 
@@ -447,19 +515,20 @@ MARK = os.urandom(16).hex()
 
 
 @pytest.fixture
-def control_groups():
+def control_groups(monkeypatch):
     """Asked for before `begin`: the turns have some."""
     if "control group" not in WAYS:
         pytest.skip("control groups can't be made here")
+    with delegated() as folder:
+        monkeypatch.setattr(replicas_engine, "delegated_cgroup", lambda: folder)
+        yield
 
 
 @pytest.fixture
-def begin(request, monkeypatch):
+def begin(monkeypatch):
     """A function that starts a shell as a turn's Codex, which waits for its prompt as that does:
     the TurnProcesses that begin with it."""
     turns = []
-    if "control_groups" not in request.fixturenames:
-        monkeypatch.setattr(replicas_engine, "CGROUP_TREES", ())
 
     def start(command="exec sleep 300", mark=MARK, at_once=False):
         turn = replicas_engine.TurnProcesses.create(7, mark)
@@ -646,7 +715,6 @@ SOMEBODY_ELSES = """\
 import os, subprocess, sys, time
 sys.path.insert(0, %r)
 import replicas_engine
-replicas_engine.CGROUP_TREES = ()
 replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 1)
 for patience in ("INTERRUPT_PATIENCE", "TERMINATE_PATIENCE", "KILL_PATIENCE"):
     setattr(replicas_engine, patience, 0.2)
