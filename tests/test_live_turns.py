@@ -73,7 +73,7 @@ def test_a_message_that_the_app_server_does_not_take_goes_to_exec(engine, steps)
 
 def test_an_app_server_that_never_answers(make_engine):
     engine = make_engine(constants={"ACCEPT_PATIENCE": 1.0})
-    at_requests(engine, initialize=[])
+    at_requests(engine, thread_start=[])
     assert engine.send("Hello", deltas=True)[-2].type == "turn.completed"
     wait_for(lambda: "no answer for 1 seconds" in engine.log())
 
