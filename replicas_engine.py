@@ -1706,6 +1706,13 @@ def command_of(pid):
 CGROUP_TREES = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")     # the latter on hybrid machines
 
 
+def _is_delegated(folder):
+    """As systemd says it: to root by an attribute, to others by giving it away."""
+    if os.geteuid() != 0:
+        return os.stat(folder).st_uid == os.geteuid()
+    return os.getxattr(folder, "trusted.delegate") == b"1"
+
+
 def delegated_cgroup():
     """The folder of our own control group, if it is for us to divide, or None."""
     with contextlib.suppress(OSError):
@@ -1715,13 +1722,6 @@ def delegated_cgroup():
                 if b"%d" % os.getpid() in (_look(_read, folder + "/cgroup.procs") or b"").split():
                     return folder if _is_delegated(folder) else None
     return None
-
-
-def _is_delegated(folder):
-    """As systemd says it: to root by an attribute, to others by giving it away."""
-    if os.geteuid() != 0:
-        return os.stat(folder).st_uid == os.geteuid()
-    return os.getxattr(folder, "trusted.delegate") == b"1"
 
 
 class ControlGroup:

@@ -53,7 +53,7 @@ def delegated():
             own, = [line[3:].strip() for line in file if line.startswith("0::")]
         tree, = [tree for tree in replicas_engine.CGROUP_TREES
                  if os.path.exists("%s%s/cgroup.procs" % (tree, own))]
-        folder = tempfile.mkdtemp(prefix="replicas-test-", dir=tree + own)
+        folder = tempfile.mkdtemp(prefix="delegated-", dir=tree + own)
         os.setxattr(folder, "trusted.delegate", b"1")
     except (OSError, ValueError):
         yield None
