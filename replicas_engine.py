@@ -219,6 +219,12 @@ def flock_owner(file):
     return None
 
 
+def delete_folder(path):
+    """Delete a folder and what is in it, as far as that is possible."""
+    with contextlib.suppress(RecursionError):           # by folders in folders, before Python 3.13
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def sync_directory(path):
     """Have the disk hold which files are in a directory.  Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -3990,12 +3996,6 @@ def make_folder(path):
                 raise
         set_aside(path, "it is no folder")
         os.makedirs(path, mode=0o700)
-
-
-def delete_folder(path):
-    """Delete a folder and what is in it, as far as that is possible."""
-    with contextlib.suppress(RecursionError):           # by folders in folders, before Python 3.13
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class StateDirectory:
