@@ -45,9 +45,9 @@ is an orphan, ring an alarm.
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Events, Turn log, Event stream and
 results, Processes, Control groups, A turn's processes, Rollouts and history, Codex, Turn options,
-Driving Codex: exec, Driving Codex: app-server, Runs of Codex, Progress of a turn, Turn, State
-directory, CodexRunner, Problems, Application, HTTP grammar, Connection and bodies, Answer, Request
-handler, WSGI server, systemd, Check, Command line.
+Driving Codex: exec, The app-server's items, Driving Codex: app-server, Runs of Codex, Progress of a
+turn, Turn, State directory, CodexRunner, Problems, Application, HTTP grammar, Connection and
+bodies, Answer, Request handler, WSGI server, systemd, Check, Command line.
 
 Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
 setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
@@ -284,6 +284,7 @@ def check_utf8(data):
 
 
 def _refuse_constant(name):
+    """NaN and the like, which Python would read."""
     raise ValueError("%s is not JSON (RFC 8259, section 6)" % name)
 
 
@@ -434,6 +435,7 @@ class StderrHandler(logging.Handler):
         start_thread("log", self._write_lines)
 
     def handle(self, record):
+        """Without logging's own lock: `emit` may be called by several threads at once."""
         self.emit(record)                   # without logging's lock: the queue is one
 
     def emit(self, record):
@@ -1463,6 +1465,7 @@ class EventStream:
         return data
 
     def close(self):
+        """For the server, when it is done with the stream (PEP 3333)."""
         self.file.close()
 
 
@@ -1584,6 +1587,7 @@ class Child(subprocess.Popen):
     """A process that the engine started and waits for; nobody else may reap it."""
 
     def wait(self, timeout=None):
+        """As Popen.wait; then the pid may be given to another."""
         status = super().wait(timeout)
         with _starting:
             _own_children.discard(self.pid)
@@ -1657,6 +1661,7 @@ def _look(call, path):
 
 
 def _read(path):
+    """What a file has now."""
     with open(path, "rb", buffering=0) as file:
         return file.read()
 
@@ -1763,6 +1768,7 @@ class ControlGroup:
         return None
 
     def _write(self, name, text):
+        """Write to one of the group's files.  Raises OSError."""
         fd = _with_spare(functools.partial(os.open, flags=os.O_WRONLY | os.O_CLOEXEC),
                          os.path.join(self.folder, name))       # not open(), which would create it
         try:
@@ -1972,6 +1978,7 @@ class TurnProcesses:
         return found | self._groups - {entry.group for entry in table.values()}
 
     def _find_in_cgroup(self):
+        """Those that the kernel counts to the turn."""
         found = self.cgroup.pids()
         if os.getpid() in found:
             raise ValueError("the turn's processes are said to be the engine's own")
@@ -1981,6 +1988,7 @@ class TurnProcesses:
         return found
 
     def _add_descendants(self, table, found):
+        """Add to `found` whatever descends from it in the table."""
         children = collections.defaultdict(set)
         for pid, entry in table.items():
             children[entry.parent].add(pid)
@@ -2052,6 +2060,8 @@ class TurnProcesses:
 
     @staticmethod
     def _stdout_of(pid):
+        """What a process has as standard output; None where we may not look, "" where it is
+        gone."""
         try:
             return os.readlink("/proc/%d/fd/1" % pid)
         except OSError as error:
@@ -2070,6 +2080,7 @@ class TurnProcesses:
         return not self.find(kill) and not there and reap_orphans() == before
 
     def _signal_groups(self, number):
+        """Signal every process group that the turn is known to have."""
         for group in self._groups:
             self._signal(group, number)
 
@@ -2154,6 +2165,8 @@ def json_line(line):
 
 
 def decompressed_by_program(path, packed):
+    """The text that the program zstd makes of `packed`, in blocks.  Raises OSError, and
+    HTTPError 500 where there is no such program."""
     program = shutil.which("zstd")
     if program is None:
         raise HTTPError(500, "The rollout is compressed",
@@ -2301,6 +2314,7 @@ class RolloutReader:
             yield self.read(offset, min(BLOCK_SIZE, end - offset))
 
     def close(self):
+        """Give the file up."""
         self.file.close()
 
 
@@ -2381,6 +2395,7 @@ class HistoryPage:
         yield b"]," + json_bytes(end)[1:]
 
     def close(self):
+        """For the server, when it is done with the page (PEP 3333)."""
         self.reader.close()
 
 
@@ -2918,16 +2933,9 @@ class Exec:
 
 
 # ---------------------------------------------------------------------------------------------
-# Driving Codex: app-server
+# The app-server's items
 # ---------------------------------------------------------------------------------------------
-# JSON-RPC over stdio, an object a line, which tells of a turn while it goes on.  Only methods and
-# notifications are used that are stable and the same in 0.98 and 0.169.
-
-DELTA_PAUSE = 0.05                         # seconds between two events with deltas, at least, but
-MAX_JOINED = 4 * 1024                      # for so many bytes, or another event that goes out
-MAX_DELTAS = 8 * 1024 * 1024               # bytes of a turn's deltas, which then end
-
-INITIALIZE, LOGIN, THREAD, TURN, INTERRUPT, STEER = range(1, 7)     # ids of requests, and more
+# What the app-server tells of a thing that Codex does, in the words of exec.
 
 # A notification with a delta: the type of its item, and where its text goes.
 DELTAS = {"item/agentMessage/delta": ("agent_message", "text_delta"),
@@ -2940,20 +2948,24 @@ SILENT = {"userMessage", "hookPrompt", "functionCallOutput", "plan", "dynamicToo
 
 
 def _change(change):
+    """A changed file, without its diff."""
     return {"path": change["path"], "kind": change["kind"]["type"]}
 
 
 def _mcp_result(result):
+    """An MCP tool's result, or None."""
     return result and {"content": result["content"],
                        "structured_content": result.get("structuredContent")}
 
 
 def _search(action):
+    """What was searched for: keys without a value are left out."""
     action = {key: value for key, value in (action or {}).items() if value is not None}
     return dict(action, type=_snake(action.get("type", "other")))
 
 
 def _agents(states):
+    """The states of agents, by their threads."""
     return {thread_id: dict(state, status=_snake(state["status"]))
             for thread_id, state in states.items()}
 
@@ -2992,11 +3004,13 @@ def _exec_item(item, number):
 
 
 def _event(kind, **fields):
+    """An event of that type: (type, data, value)."""
     value = dict(type=kind, **fields)
     return kind.encode(), json_bytes(value), value
 
 
 def _with_details(error):
+    """An error's message, with its details in brackets."""
     details = error.get("additionalDetails")
     return "%s (%s)" % (error["message"], details) if details else error["message"]
 
@@ -3005,6 +3019,19 @@ def _request(number, method, **params):
     """A request's line; what is None isn't set, and left out."""
     params = {key: value for key, value in params.items() if value is not None}
     return json_bytes({"id": number, "method": method, "params": params}) + b"\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# Driving Codex: app-server
+# ---------------------------------------------------------------------------------------------
+# JSON-RPC over stdio, an object a line, which tells of a turn while it goes on.  Only methods and
+# notifications are used that are stable and the same in 0.98 and 0.169.
+
+DELTA_PAUSE = 0.05                         # seconds between two events with deltas, at least, but
+MAX_JOINED = 4 * 1024                      # for so many bytes, or another event that goes out
+MAX_DELTAS = 8 * 1024 * 1024               # bytes of a turn's deltas, which then end
+
+INITIALIZE, LOGIN, THREAD, TURN, INTERRUPT, STEER = range(1, 7)     # ids of requests, and more
 
 
 class AppServer:
@@ -3056,6 +3083,7 @@ class AppServer:
 
     @property
     def accepted(self):
+        """Whether the app-server has begun the turn."""
         return self.turn_id is not None
 
     def input(self):
@@ -3082,6 +3110,7 @@ class AppServer:
                         **params) + self._start_turn()
 
     def _start_turn(self):
+        """The request that starts the turn: images first, as exec has them."""
         schema = self._options.values.get("output_schema")
         return _request(TURN, "turn/start", threadId=self.thread_id, input=[
             *({"type": "localImage", "path": path} for path in self._options.images[1::2]),
@@ -3136,6 +3165,7 @@ class AppServer:
         return self.flush() + ending
 
     def _answered(self, number, message):
+        """An answer to one of our requests: events, and what to write."""
         if number in self._steers:
             return self._steer_answered(self._steers.pop(number), message.get("error")), b""
         if number not in self._asked:
@@ -3151,12 +3181,14 @@ class AppServer:
         return self._accept(message["result"]["turn"]) if number == TURN else [], b""
 
     def _accept(self, turn):
+        """The turn has begun: now its first event may go out."""
         if self.accepted:
             return []
         self.turn_id = turn["id"]
         return [_event("thread.started", thread_id=self.thread_id)] + self._early
 
     def _steer_answered(self, message, error):
+        """Whether a message has cut in."""
         self.steer_answers.append((message, error and error["message"]))
         events = [] if error else self.flush() + [_event("turn.steered", message=message)]
         return events + self._end([])
@@ -3170,6 +3202,7 @@ class AppServer:
         return self.finish()
 
     def _notified(self, method, params):
+        """The events that a notification makes."""
         thread_id = params.get("threadId")
         if thread_id and self.thread_id and thread_id != self.thread_id:    # of an agent's agent
             return []
@@ -3182,6 +3215,7 @@ class AppServer:
     # Notifications
 
     def _turn_started(self, params):
+        """It may come before the answer to turn/start."""
         return self._accept(params["turn"]) + [_event("turn.started")]
 
     def _number(self, item_id):
@@ -3192,6 +3226,7 @@ class AppServer:
         return self._items[item_id]
 
     def _item_started(self, params):
+        """exec tells of those alone that take time."""
         item = params["item"]
         if item["type"] in SILENT:
             return []
@@ -3201,6 +3236,7 @@ class AppServer:
         return [_event("item.started", item=_exec_item(item, self._number(item["id"])))]
 
     def _item_completed(self, params):
+        """The item as a whole: what its deltas were a preview of."""
         item = params["item"]
         if item["type"] in SILENT:
             return []
@@ -3213,6 +3249,7 @@ class AppServer:
         return events
 
     def _plan_updated(self, params):
+        """The plan is an item that exec calls a todo list."""
         kind = "item.updated" if self._todo else "item.started"
         number = self._todo["id"] if self._todo else self._number("the todo list")
         self._todo = {"id": number, "type": "todo_list", "items": [
@@ -3221,14 +3258,17 @@ class AppServer:
         return [_event(kind, item=self._todo)]
 
     def _usage_updated(self, params):
+        """Tokens used by the thread, for the end."""
         total = params["tokenUsage"]["total"]
         self._usage = {_snake(key): total[key] for key in total if key != "totalTokens"}
         return []
 
     def _error(self, params):
+        """Codex tries again, or the turn is about to fail."""
         return [_event("error", message=_with_details(params["error"]))]
 
     def _warning(self, params):
+        """An item of its own in exec; after thread.started, if it comes before."""
         message = params.get("message") or params["summary"]
         item = {"id": self._number("a warning"), "type": "error", "message": message}
         del self._items["a warning"]
@@ -3239,6 +3279,7 @@ class AppServer:
         return []
 
     def _turn_completed(self, params):
+        """The end, as exec prints it."""
         turn = params["turn"]
         if turn["id"] != self.turn_id:
             return []
@@ -3257,6 +3298,7 @@ class AppServer:
     # Deltas
 
     def _delta(self, kind, key, params):
+        """Keep a piece of an item until it is time for the next event with such."""
         item_id, text = params["itemId"], params["delta"]
         part = (item_id, params.get("summaryIndex"))
         if part[1] is not None:
@@ -3527,6 +3569,7 @@ class CodexRun:
 # ---------------------------------------------------------------------------------------------
 
 def _item_id(item):
+    """An item's id, or None for what is none."""
     return item["id"] if isinstance(item.get("id"), str) else None
 
 
@@ -5021,10 +5064,12 @@ class BadRequest(OSError):
 
 
 def too_many():
+    """The refusal of a connection beyond the limit."""
     return BadRequest(503, "too many connections are open: see REPLICAS_ENGINE_MAX_CONNECTIONS")
 
 
 def malformed_target():
+    """The refusal of a request target."""
     return BadRequest(400, "the request target is malformed (RFC 9112, 3.2)")
 
 
@@ -5183,7 +5228,7 @@ def parse_framing(environ):
 # ---------------------------------------------------------------------------------------------
 # Time limits on a socket are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO): with Python's own, which need
 # a poll a call, there are 13 % fewer requests at 16 connections.  They hold for one call, so whoever
-# reads in several of them lowers the limit to what is left of his deadline.
+# reads in several of them lowers the limit to what is left of the deadline.
 
 class Disconnected(ConnectionError):
     """The client is gone, or has been too slow to be waited for."""
@@ -5298,9 +5343,12 @@ class RequestBody(io.RawIOBase):
         self._received = 0                  # bytes since then, for its deadline
 
     def readable(self):
+        """io.RawIOBase asks."""
         return True
 
     def readinto(self, target):
+        """As io.RawIOBase has it: bytes of the body, 0 at its end.  Raises BadRequest and
+        OSError."""
         try:
             if self.chunked and not self.left and not self.complete:
                 self._next_chunk()
@@ -5327,6 +5375,7 @@ class RequestBody(io.RawIOBase):
                 pass
 
     def _next_chunk(self):
+        """Read a chunk's size, and the trailers behind the last one (7.1)."""
         match = self._line(MAX_CHUNK_LINE, CHUNK_LINE)
         size = match.group(1).lstrip(b"0") or b"0"
         if len(size) > 16:
@@ -5342,6 +5391,7 @@ class RequestBody(io.RawIOBase):
             self.complete = True
 
     def _trailers(self):
+        """Read the trailer section (7.1.2); nobody is told what it says."""
         size = 0
         while True:
             match = self._line(MAX_TRAILERS, TRAILER)
@@ -5367,6 +5417,7 @@ class RequestBody(io.RawIOBase):
         return match
 
     def _receive(self):
+        """Wait for more of the body, as long as its sender may take."""
         if not self.waits:
             raise BlockingIOError
         now = time.monotonic()
@@ -5443,6 +5494,7 @@ class Answer:
         self.left = None                    # bytes of the body that are still to come, or None
 
     def start_response(self, status_line, fields, exc_info=None):
+        """The application's side of PEP 3333: what the head will say."""
         if exc_info is not None:
             try:
                 if self.head_sent:
@@ -5476,6 +5528,7 @@ class Answer:
         self._end_body()
 
     def _send_whole(self, body):
+        """Send head and body in one packet."""
         if self.request_body:
             self.request_body.skip()
         if self.length is None and not self.is_head:
@@ -5500,12 +5553,14 @@ class Answer:
         self.connection.send(head + data)
 
     def _end_body(self):
+        """Send what marks the end of a body."""
         head = b"" if self.head_sent else self._head()
         self.connection.send(head + b"0\r\n\r\n" if self.chunked else head)
         if self.left:
             raise ValueError("the body is shorter than its head says")
 
     def _is_bodiless(self):
+        """Whether no body goes out, whatever the application returns."""
         return self.is_head or self.status_line[:3] in ("204", "304")   # 6.3
 
     def _head(self):
@@ -5553,6 +5608,7 @@ class WSGIRequestHandler:
     # A connection's life, in the order in which it happens
 
     def run(self):
+        """Serve the connection until one side ends it."""
         try:
             while not self.closing:
                 self.handle_one_request()
@@ -5562,6 +5618,7 @@ class WSGIRequestHandler:
         self.connection.linger()
 
     def handle_one_request(self):
+        """Read a request and answer it.  Raises OSError when the connection is of no more use."""
         head = None
         try:
             head = self.read_head()
@@ -5625,6 +5682,7 @@ class WSGIRequestHandler:
         return False
 
     def environ_of(self, head):
+        """The environ of a request's head, without its body.  Raises BadRequest."""
         if head != self.last_head[0]:       # a client's next head is often its last one again
             environ = self.base_environ.copy()
             parse_head(head, environ)
@@ -5639,6 +5697,8 @@ class WSGIRequestHandler:
         return body
 
     def run_application(self, environ, body):
+        """Have the application answer; what it does wrong is answered with 500 if it still can
+        be."""
         answer = Answer(self.connection, environ, body,
                         lambda: (wants_close(environ) or self.server.closing or self.spare
                                  or self.connection.evicted))
@@ -5671,6 +5731,7 @@ class WSGIRequestHandler:
                     self.client or "a Unix socket")
 
     def log_request(self, environ, outcome):
+        """One line a request; those of health checks only in development."""
         path = environ["PATH_INFO"]
         level = (logging.DEBUG if path in self.server.always and outcome == "200"
                  else logging.INFO)
@@ -5770,12 +5831,15 @@ class WSGIServer(ThreadingHTTPServer):
     # Called by the accept loop
 
     def fileno(self):
+        """socketserver waits for this to be readable."""
         return self._ready.fileno()
 
     def service_actions(self):
+        """socketserver calls it once a round."""
         self.looks += 1
 
     def get_request(self):
+        """Accept a connection; socketserver passes an OSError over."""
         try:
             (fd, _), *_ = self._ready.poll(0) or [(self.socket.fileno(), 0)]
             accepted = self._listeners[fd].accept()
@@ -5794,6 +5858,7 @@ class WSGIServer(ThreadingHTTPServer):
             raise
 
     def process_request(self, request, client_address):
+        """Have a thread serve a connection: a new one, or one in reserve."""
         if not self._enter(request, self._connections, self.max_connections):
             self._enter(request, self._spare, MAX_SPARE_CONNECTIONS)
         try:
@@ -5839,13 +5904,16 @@ class WSGIServer(ThreadingHTTPServer):
                 sock.shutdown(socket.SHUT_RD)
 
     def _serve_reserve(self):
+        """A thread in reserve: one connection after the other."""
         for connection in iter(self._reserve.get, None):
             self.process_request_thread(*connection)
 
     def finish_request(self, request, client_address):
+        """In the thread of a connection: its life."""
         WSGIRequestHandler(Connection(request), client_address, self).run()
 
     def shutdown_request(self, request):
+        """In the thread of a connection: its end."""
         self.close_request(request)
         with self._changed:
             self._connections.pop(request, None)
@@ -5853,6 +5921,7 @@ class WSGIServer(ThreadingHTTPServer):
             self._changed.notify_all()
 
     def handle_error(self, request, client_address):
+        """In the thread of a connection: a bug, which costs the connection alone."""
         logger.exception("a connection failed")
 
     # Ending
@@ -6235,6 +6304,7 @@ def serve(settings):
 
 
 def parse_command_line(arguments):
+    """The options; ends the process for --help, --version and mistakes."""
     import argparse                         # not needed by the service, and not cheap
     parser = argparse.ArgumentParser(
         prog="replicas_engine.py", formatter_class=argparse.RawDescriptionHelpFormatter,
