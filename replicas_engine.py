@@ -1212,8 +1212,10 @@ class TurnLog:
         self.sync()
         self._close()
         self.error = None
-        before_publishing()
-        self._publish(len(data), len(ending) + 1, finished=True)
+        try:
+            before_publishing()
+        finally:
+            self._publish(len(data), len(ending) + 1, finished=True)
 
     def _failed(self, error):
         """Note why it can't be written, and say so once, not with every try."""
@@ -4552,7 +4554,7 @@ class CodexRunner:
 
     def _tell(self):
         """Call on_change."""
-        with contextlib.suppress(OSError):  # it is about systemd's status line, no more
+        with contextlib.suppress(OSError, MemoryError):     # systemd's status line is late
             self.on_change()
 
     def prune(self):

@@ -190,8 +190,11 @@ def test_one_fault_of_each_kind(faulty):
     live(engine, seen, 0)
     time.sleep(0.2)
     baseline = len(engine.descriptors()) if os.geteuid() == 0 else 0
-    for number, kind in enumerate(KINDS, 1):
-        engine.fail(calls=[kind], nth=1 + number % 3, seed=number, threads=ALL)
+    plans = [{"calls": [kind], "nth": 1 + number % 3} for number, kind in enumerate(KINDS)]
+    plans += [{"calls": ["os.write"], "errors": ["MemoryError"], "nth": nth, "threads": "turn .*"}
+              for nth in (2, 3)]            # the main thread is told of the turn's start and end
+    for number, plan in enumerate(plans, 1):
+        engine.fail(**dict({"seed": number, "threads": ALL}, **plan))
         live(engine, seen, number)
         check_alive(engine, seen, number, baseline)
     check_seen(engine, seen)
