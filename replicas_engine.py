@@ -1474,8 +1474,8 @@ class EventStream:
 def check_room_for_stream(request):
     """Raise HTTPError 503 where the server has none: see WSGIServer."""
     if request.environ.get("replicas_engine.crowded"):
-        raise HTTPError(503, "Too many connections are open", "the last ones are not for streams: "
-                        "see REPLICAS_ENGINE_MAX_CONNECTIONS", [("Retry-After", "5")])
+        raise HTTPError(503, "Too many connections are open", "the last ones are not for streams "
+                        "or waiting: see REPLICAS_ENGINE_MAX_CONNECTIONS", [("Retry-After", "5")])
 
 
 def event_stream(request, turn_log, offset):
@@ -4936,6 +4936,8 @@ class Application:
         """One turn's result, perhaps when it is over."""
         turn_id = int(request.path.rpartition("/")[2][:15])
         seconds = whole_number(request.query(), "wait", most=MAX_WAIT) or 0
+        if seconds:
+            check_room_for_stream(request)
         self.runner.turn_log(turn_id).wait_for_end(seconds)
         for result in self.runner.results([turn_id]):
             return json_response(result)
@@ -5229,7 +5231,7 @@ def parse_framing(environ):
 # Connection and bodies
 # ---------------------------------------------------------------------------------------------
 # Time limits on a socket are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO): with Python's own, which need
-# a poll a call, there are 13 % fewer requests at 16 connections.  They hold for one call, so whoever
+# a poll a call, there are 13 % fewer requests at 16 connections.  They hold for one call, so who
 # reads in several of them lowers the limit to what is left of the deadline.
 
 class Disconnected(ConnectionError):
@@ -5590,6 +5592,9 @@ class Answer:
 # ---------------------------------------------------------------------------------------------
 # Request handler
 # ---------------------------------------------------------------------------------------------
+# A connection is idle, reads a head, makes its environ, lets the application answer, and is idle
+# again.  It ends behind an answer whose head says so (9.6), when what comes is no request, when
+# nothing comes in time, when it has to make room for another, and with the server.
 
 class WSGIRequestHandler:
     """One connection: its requests become environs for the application, one after the other."""
@@ -5769,7 +5774,8 @@ class WSGIServer(ThreadingHTTPServer):
     yet that `admits(environ)` is true of them, else of those that are between two requests.  If
     there is none, MAX_SPARE_CONNECTIONS more are taken, the newest first, and answered if that is
     true, or the path is in `always`.  For these the environ has `replicas_engine.crowded`: no
-    endless answer should be given.
+    endless answer should be given.  Where no thread can be started, connections are treated as if
+    they were beyond the limit, and RESERVE_THREADS that exist already see to them.
     """
 
     daemon_threads = True
@@ -5980,13 +5986,18 @@ def listen_at_path(path):
     return listener
 
 
+def unix_path(host):
+    """The path in `unix:` and a path, or None."""
+    return host[len("unix:"):] if host and host.startswith("unix:") else None
+
+
 def listen(host, port):
     """Listening sockets; by default one for every interface, IPv4 and IPv6.  Raises OSError.
 
     `host` may be `unix:` and a path, or a name, of which every address is listened on.
     """
-    if host and host.startswith("unix:"):
-        return [listen_at_path(host[len("unix:"):])]
+    if unix_path(host):
+        return [listen_at_path(unix_path(host))]
     if host in (None, "::") and socket.has_dualstack_ipv6():
         return [socket.create_server(("", port), family=socket.AF_INET6, backlog=1024,
                                      dualstack_ipv6=True)]
@@ -6083,18 +6094,26 @@ def check_port(settings):
     address = systemd_address() if settings.is_service else None
     if address:
         return "systemd's socket is %s" % address_text(address), socket_problems(settings, address)
+    path = unix_path(settings.host)
+    place = settings.host if path else str(settings.port)
     try:
         for listener in listen(settings.host, settings.port):
             listener.close()
-        return "%d is free" % settings.port, []
+        if path:
+            os.unlink(path)
+        return "%s is free" % place, []
     except OSError as error:
         reason = error.strerror or str(error)
-    with contextlib.suppress(OSError), socket.create_connection(
-            (settings.host or "127.0.0.1", settings.port), 2) as sock:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) if path else (
+            socket.create_connection((settings.host or "127.0.0.1", settings.port), 2)) as sock:
+        sock.settimeout(2)
+        if path:
+            sock.connect(path)
         sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
         if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
-            return "an engine answers on %d" % settings.port, []
-    return "", [problem("%d: %s" % (settings.port, reason), "set PORT to another")]
+            return "an engine answers on %s" % place, []
+    return "", [problem("%s: %s" % (place, reason), "set %s to another" % (
+        "HOST" if path else "PORT"))]
 
 
 def check(settings):
