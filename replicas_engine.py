@@ -1401,6 +1401,7 @@ class TurnLog:
 # Event stream and results
 # ---------------------------------------------------------------------------------------------
 
+EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_SIZE = 32 * 1024                    # and for a reader, of whom there may be hundreds
 KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
 MAX_FINAL_MESSAGE = 256 * 1024             # bytes of UTF-8 that a turn's result holds of it
@@ -1485,7 +1486,7 @@ def event_stream(request, turn_log, offset):
     # The charset is for clients that else read text as ISO-8859-1 (Python's requests); no-transform
     # keeps the compression of Express, Next.js and the like from holding the events back.
     return Response(EventStream(turn_log, offset, may_be_gone), 200, [
-        ("Content-Type", "text/event-stream; charset=utf-8"),
+        ("Content-Type", EVENT_STREAM),
         ("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"),
         ("X-Replicas-Turn-Id", str(turn_log.turn_id)), ("X-Replicas-Turn-Mark", mark)])
 
@@ -4914,7 +4915,7 @@ class Application:
             raise bad_parameter(name, "%s names an event that turn %d does not have"
                                 % (position, turn_log.turn_id))
         if turn_log.finished and number == turn_log.last:
-            return Response([], 204)
+            return Response([], 204, [("Content-Type", EVENT_STREAM)])     # httpx-sse asks for it
         return event_stream(request, turn_log, offset)
 
     # GET /codex/turns and GET /codex/turns/N
