@@ -96,6 +96,9 @@ __version__ = "0.3.0"
 # ---------------------------------------------------------------------------------------------
 # Files and JSON
 # ---------------------------------------------------------------------------------------------
+# What every section may use: files that may be something else than they seem, searching them block
+# by block, and JSON that came from somebody else.  Whoever writes into the state directory or into
+# CODEX_HOME may be the agent, so nothing here waits for a FIFO, follows a device or trusts a type.
 
 READ_SIZE = 256 * 1024                     # bytes read at once from a pipe or a file
 BLOCK_SIZE = 64 * 1024                     # bytes of a rollout that are read at once
@@ -405,6 +408,10 @@ def json_bytes(value):
 # ---------------------------------------------------------------------------------------------
 # Logging
 # ---------------------------------------------------------------------------------------------
+# A line goes into a queue, and one thread writes it to standard error: that may be a journal, a
+# pipe that nobody reads, or a terminal that was stopped, and none of these may hold up a turn. 
+# Under systemd a line begins with its priority (sd-daemon(3)), so that `journalctl -p warning`
+# answers what went wrong; by hand it begins with the time.
 
 logger = logging.getLogger("replicas-engine")
 logger.propagate = False
@@ -516,6 +523,10 @@ def log_request(level, text):
 # ---------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------
+# Everything that the operator decides comes from the environment, and is read once.  What can't be
+# used stops the start with status 2 and a line that says why; what is merely odd, a misspelt name
+# for instance, is kept in `problems` and warned of, since a machine that doesn't start helps
+# nobody.
 
 SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
 
@@ -761,6 +772,9 @@ class Settings:
 # ---------------------------------------------------------------------------------------------
 # Requests and responses
 # ---------------------------------------------------------------------------------------------
+# The application's side of HTTP: a Request is a view of a WSGI environ, a Response is what goes
+# back, and an HTTPError is an answer that isn't what the client wanted, raised from wherever that
+# turns out.
 
 def reason_phrase(status):
     """What the status line says beside the code; for people alone (RFC 9112, 4)."""
@@ -916,6 +930,7 @@ def compress(pieces):
 # ---------------------------------------------------------------------------------------------
 # Routing and secret
 # ---------------------------------------------------------------------------------------------
+# The secret is compared before a path is looked at, so that nobody without it learns what there is.
 
 class Router:
     """Which handler answers which path and method.  HEAD goes wherever GET does; a path's last
@@ -1554,6 +1569,11 @@ def turn_result(turn_log):
 # ---------------------------------------------------------------------------------------------
 # Processes
 # ---------------------------------------------------------------------------------------------
+# A child of ours must be known before it is seen among the processes, and waited for by whoever
+# started it and nobody else: hence Child and start_process.  Orphans of the turns become our
+# children (the engine is their subreaper, prctl(2)) and are reaped here, lest they fill the process
+# table.
+#
 # A child that the engine waits for, an orphan that becomes its child, and a look at all others in
 # /proc (proc(5)).  A look that fails is an OSError: who can't see doesn't see that nobody is there.
 
@@ -3333,6 +3353,10 @@ class AppServer:
 # ---------------------------------------------------------------------------------------------
 # Runs of Codex
 # ---------------------------------------------------------------------------------------------
+# A run is one process and its three pipes, read and written by one selector in the turn's thread. 
+# It knows lines and bytes, and asks its driver what they mean.  Nothing in it waits for the disk:
+# when the log can't be written, the turn has it stop reading, Codex blocks in its next write, and
+# memory stays what it is.
 
 MAX_STDERR_TAIL = 8 * 1024                 # bytes of Codex's stderr that are kept
 MAX_LOGGED_SKIPS = 5                       # skipped lines of a run that get a log line each
@@ -3634,6 +3658,10 @@ class Progress:
 # ---------------------------------------------------------------------------------------------
 # Turn
 # ---------------------------------------------------------------------------------------------
+# A turn's life: its thread asks the runner which Codex to use, starts a run, writes the log's
+# header, gives Codex its prompt and relays what it prints, until Codex exits or the turn is
+# stopped.  At the end the log gets its ending, the next turn may start, and then readers see the
+# ending.
 
 ASK_PATIENCE = 1.0                         # seconds that Codex has to interrupt a turn by itself
 ACCEPT_PATIENCE = 30.0                     # seconds that an app-server has to take a turn
@@ -4213,6 +4241,9 @@ class StateDirectory:
 # ---------------------------------------------------------------------------------------------
 # CodexRunner
 # ---------------------------------------------------------------------------------------------
+# What there is one of: the current thread, the turn in progress, the order of the turns' numbers. 
+# All of that changes under one lock, which is never held while anything is waited for; what takes
+# time happens in the turn's own thread or in the request's, before the lock or after it.
 
 def _check_stopped(turn):
     """Raise HTTPError 500 that names what of the turn could not be stopped."""
@@ -4577,6 +4608,9 @@ class CodexRunner:
 # ---------------------------------------------------------------------------------------------
 # Problems
 # ---------------------------------------------------------------------------------------------
+# Codex succeeds silently without its sandbox, and a turn without a key fails after half a minute:
+# so what can be known beforehand is looked at here, in one place, for the start, for --check and
+# for the status.
 
 SETTINGS_FILE = "/etc/replicas-engine/settings.env"
 MIN_SECRET = 16                            # bytes
@@ -4739,6 +4773,9 @@ class Problems:
 # ---------------------------------------------------------------------------------------------
 # Application
 # ---------------------------------------------------------------------------------------------
+# One table of routes and a method for each that has more than a line.  Here is what HTTP says of a
+# turn; what a turn is stands above.  It runs under any WSGI server with threads; ours tells it more
+# by two keys of the environ, `replicas_engine.may_be_gone` and `replicas_engine.crowded`.
 
 MAX_HEALTH_BODY = 64 * 1024                # bytes that a client without the secret may send
 MAX_WAIT = 300                             # seconds that a request for a result may wait
@@ -5445,6 +5482,9 @@ class RequestBody(io.RawIOBase):
 # ---------------------------------------------------------------------------------------------
 # Answer
 # ---------------------------------------------------------------------------------------------
+# From the application's start_response to the last byte.  Whether the connection can go on is
+# settled with the head, since that must say so: it can't if the body has no length and no chunks,
+# or if something of the request is still unread, which would be taken for the next one.
 
 @functools.lru_cache(maxsize=8)             # without it: 15 % fewer requests at 16 connections
 def http_date(seconds):
@@ -5593,6 +5633,10 @@ class Answer:
 # ---------------------------------------------------------------------------------------------
 # Request handler
 # ---------------------------------------------------------------------------------------------
+# A thread's view of its connection: it reads a head, has it answered, and begins anew.  Every wait
+# has a deadline, and whoever keeps us waiting beyond it is refused; what the server wants to know
+# of a connection meanwhile (idle, admitted) are plain attributes, which it reads without waiting.
+#
 # A connection is idle, reads a head, makes its environ, lets the application answer, and is idle
 # again.  It ends behind an answer whose head says so (9.6), when what comes is no request, when
 # nothing comes in time, when it has to make room for another, and with the server.
@@ -5751,6 +5795,8 @@ class WSGIRequestHandler:
 # ---------------------------------------------------------------------------------------------
 # WSGI server
 # ---------------------------------------------------------------------------------------------
+# The accept loop is the one thread that may never wait for a client.  It counts the connections,
+# lets the oldest silent one go when there are too many, and has a thread serve each.
 
 def prepare_listener(listener):
     """Set what the accepted sockets inherit (tcp(7)): no Nagle; and whoever vanished without a word
@@ -6133,6 +6179,8 @@ def check(settings):
 # ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
+# The process as a whole: the main thread waits in `watch` for signals and news, and everything else
+# runs in threads that are there before they are needed.
 
 CLOSE_TIMEOUT = 3.0                        # seconds that answers have to be finished at the end
 WAKE_INTERVAL = 1.0                        # seconds between two wake-ups of the main thread

@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import shutil
 import signal
 import socket
 import threading
