@@ -3658,10 +3658,8 @@ class Progress:
 # ---------------------------------------------------------------------------------------------
 # Turn
 # ---------------------------------------------------------------------------------------------
-# A turn's life: its thread asks the runner which Codex to use, starts a run, writes the log's
-# header, gives Codex its prompt and relays what it prints, until Codex exits or the turn is
-# stopped.  At the end the log gets its ending, the next turn may start, and then readers see the
-# ending.
+# A turn's life: its thread starts a run of Codex, writes the log's header, and relays what Codex
+# prints until it exits or is stopped.  Then another may start, and readers see the ending.
 
 ASK_PATIENCE = 1.0                         # seconds that Codex has to interrupt a turn by itself
 ACCEPT_PATIENCE = 30.0                     # seconds that an app-server has to take a turn
