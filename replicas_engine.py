@@ -5588,6 +5588,9 @@ class Answer:
 # ---------------------------------------------------------------------------------------------
 # Request handler
 # ---------------------------------------------------------------------------------------------
+# A connection is idle, reads a head, makes its environ, lets the application answer, and is idle
+# again.  It ends behind an answer whose head says so (9.6), when what comes is no request, when
+# nothing comes in time, when it has to make room for another, and with the server.
 
 class WSGIRequestHandler:
     """One connection: its requests become environs for the application, one after the other."""
@@ -5767,7 +5770,8 @@ class WSGIServer(ThreadingHTTPServer):
     yet that `admits(environ)` is true of them, else of those that are between two requests.  If
     there is none, MAX_SPARE_CONNECTIONS more are taken, the newest first, and answered if that is
     true, or the path is in `always`.  For these the environ has `replicas_engine.crowded`: no
-    endless answer should be given.
+    endless answer should be given.  Where no thread can be started, connections are treated as if
+    they were beyond the limit, and RESERVE_THREADS that exist already see to them.
     """
 
     daemon_threads = True
@@ -5978,13 +5982,18 @@ def listen_at_path(path):
     return listener
 
 
+def unix_path(host):
+    """The path in `unix:` and a path, or None."""
+    return host[len("unix:"):] if host and host.startswith("unix:") else None
+
+
 def listen(host, port):
     """Listening sockets; by default one for every interface, IPv4 and IPv6.  Raises OSError.
 
     `host` may be `unix:` and a path, or a name, of which every address is listened on.
     """
-    if host and host.startswith("unix:"):
-        return [listen_at_path(host[len("unix:"):])]
+    if unix_path(host):
+        return [listen_at_path(unix_path(host))]
     if host in (None, "::") and socket.has_dualstack_ipv6():
         return [socket.create_server(("", port), family=socket.AF_INET6, backlog=1024,
                                      dualstack_ipv6=True)]
@@ -6081,18 +6090,26 @@ def check_port(settings):
     address = systemd_address() if settings.is_service else None
     if address:
         return "systemd's socket is %s" % address_text(address), socket_problems(settings, address)
+    path = unix_path(settings.host)
+    place = settings.host if path else str(settings.port)
     try:
         for listener in listen(settings.host, settings.port):
             listener.close()
-        return "%d is free" % settings.port, []
+        if path:
+            os.unlink(path)
+        return "%s is free" % place, []
     except OSError as error:
         reason = error.strerror or str(error)
-    with contextlib.suppress(OSError), socket.create_connection(
-            (settings.host or "127.0.0.1", settings.port), 2) as sock:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) if path else (
+            socket.create_connection((settings.host or "127.0.0.1", settings.port), 2)) as sock:
+        sock.settimeout(2)
+        if path:
+            sock.connect(path)
         sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
         if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
-            return "an engine answers on %d" % settings.port, []
-    return "", [problem("%d: %s" % (settings.port, reason), "set PORT to another")]
+            return "an engine answers on %s" % place, []
+    return "", [problem("%s: %s" % (place, reason), "set %s to another" % (
+        "HOST" if path else "PORT"))]
 
 
 def check(settings):

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -544,6 +545,31 @@ def test_check_is_content_with_an_engine_that_runs(ready):
     assert result.status == 0
     assert result.lines["port"] == ("ok", "an engine answers on %d" % ready.port)
     assert ready.send("still there")
+
+
+def test_check_of_a_unix_socket(ready, tmp_path):
+    """It leaves none behind, and takes none away."""
+    path = str(tmp_path / "engine.sock")
+    ready.env["HOST"] = "unix:" + path
+    for _ in range(2):
+        result = check(ready)
+        assert result.lines["port"] == ("ok", "unix:%s is free" % path)
+        assert not os.path.exists(path)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        other.settimeout(harness.PATIENCE)
+        checker = threading.Thread(target=lambda: results.append(check(ready)))
+        results = []
+        checker.start()
+        other.accept()[0].close()               # the look whether anybody listens
+        peer = other.accept()[0]
+        peer.recv(1000)
+        peer.sendall(b"HTTP/1.1 200 OK\r\nServer: replicas-engine\r\n\r\n")
+        peer.close()
+        checker.join()
+        assert results[0].lines["port"] == ("ok", "an engine answers on unix:" + path)
+    assert "set HOST to another" in missing(ready, "port", HOST="unix:/nowhere/engine.sock")
 
 
 def test_check_says_everything_that_is_missing_at_once(ready, tmp_path):
