@@ -1472,8 +1472,8 @@ class EventStream:
 def check_room_for_stream(request):
     """Raise HTTPError 503 where the server has none: see WSGIServer."""
     if request.environ.get("replicas_engine.crowded"):
-        raise HTTPError(503, "Too many connections are open", "the last ones are not for streams: "
-                        "see REPLICAS_ENGINE_MAX_CONNECTIONS", [("Retry-After", "5")])
+        raise HTTPError(503, "Too many connections are open", "the last ones are not for streams "
+                        "or waiting: see REPLICAS_ENGINE_MAX_CONNECTIONS", [("Retry-After", "5")])
 
 
 def event_stream(request, turn_log, offset):
@@ -4934,6 +4934,8 @@ class Application:
         """One turn's result, perhaps when it is over."""
         turn_id = int(request.path.rpartition("/")[2][:15])
         seconds = whole_number(request.query(), "wait", most=MAX_WAIT) or 0
+        if seconds:
+            check_room_for_stream(request)
         self.runner.turn_log(turn_id).wait_for_end(seconds)
         for result in self.runner.results([turn_id]):
             return json_response(result)
@@ -5227,7 +5229,7 @@ def parse_framing(environ):
 # Connection and bodies
 # ---------------------------------------------------------------------------------------------
 # Time limits on a socket are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO): with Python's own, which need
-# a poll a call, there are 13 % fewer requests at 16 connections.  They hold for one call, so whoever
+# a poll a call, there are 13 % fewer requests at 16 connections.  They hold for one call: whoever
 # reads in several of them lowers the limit to what is left of the deadline.
 
 class Disconnected(ConnectionError):

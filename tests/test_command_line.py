@@ -615,12 +615,13 @@ def test_several_sockets_from_systemd(make_engine, tmp_path):
             "os.execv(sys.argv[3], sys.argv[3:])", str(other.fileno()), str(one.fileno()),
             *engine.program]
         with open(engine.log_path, "ab") as log_file:
-            engine.process = subprocess.Popen(engine.program, env=engine.env, cwd=engine.folder,
-                                              stderr=log_file, pass_fds=[one.fileno(), other.fileno()])
+            engine.process = subprocess.Popen(
+                engine.program, env=engine.env, cwd=engine.folder, stderr=log_file,
+                pass_fds=[one.fileno(), other.fileno()])
         assert engine.get("/ping").status == 200
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(path)
             sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
             assert b" 200 " in sock.recv(1000)
-        assert "listening on unix:%s and port %d of 127.0.0.1," % (path, engine.port) in engine.log()
+        assert "on unix:%s and port %d of 127.0.0.1," % (path, engine.port) in engine.log()
         assert engine.stop() == 0

@@ -374,9 +374,11 @@ def test_who_has_shown_the_secret_is_answered_above_the_limit(make_engine, tmp_p
     assert engine.request("GET", "/health", secret=None).status == 200
     assert engine.request("GET", "/ping", secret=None).status == 503
     assert engine.request("GET", "/ping", secret="wrong").status == 503
-    answer = engine.get("/codex/events")
-    assert answer.status == 503 and "not for streams" in answer.json()["details"]
-    assert answer.headers["Retry-After"]
+    for path in ("/codex/events", "/codex/turns/1?wait=30"):
+        answer = engine.get(path)
+        assert answer.status == 503 and "not for streams" in answer.json()["details"]
+        assert answer.headers["Retry-After"]
+    assert engine.get("/codex/turns/1").status == 200
     assert engine.post("/codex/interrupt").json()["interrupted"] is True
     for _, response in events:
         assert harness.parse_events(response.read())[-1].type == "done"
@@ -584,7 +586,8 @@ def test_a_query_with_characters_that_browsers_send_raw(serve):
         with Client(served.port, request(b"GET /echo?" + query + b" HTTP/1.1")) as client:
             status, fields, _ = client.answer()
             assert status == 200 and fields["x-query"] == query.decode()
-    for target in (b"/echo?a#b", b"/echo?\xc3\xa4", b"/echo?\x7f", b"/echo[1]", b"/ec|ho", b"/echo%"):
+    for target in (b"/echo?a#b", b"/echo?\xc3\xa4", b"/echo?\x7f", b"/echo[1]", b"/ec|ho",
+                   b"/echo%"):
         with Client(served.port, request(b"GET " + target + b" HTTP/1.1")) as client:
             assert client.answer()[0] == 400
 
