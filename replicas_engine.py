@@ -5267,7 +5267,7 @@ def parse_framing(environ):
 # Connection and bodies
 # ---------------------------------------------------------------------------------------------
 # Time limits on a socket are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO): with Python's own, which need
-# a poll a call, there are 13 % fewer requests at 16 connections.  They hold for one call, so who
+# a poll a call, there are 13 % fewer requests at 16 connections.  They hold for one call: whoever
 # reads in several of them lowers the limit to what is left of the deadline.
 
 class Disconnected(ConnectionError):
