@@ -5,6 +5,7 @@ do: a sandbox that refuses, or that is broken, says nothing.
 """
 
 import base64
+import glob
 import json
 import os
 import shutil
@@ -391,3 +392,42 @@ def test_codexs_own_key_wins_over_openais(version):
             "Bearer sk-codex"]
     finally:
         real.close()
+
+
+def test_a_thread_that_was_archived_goes_on_when_it_is_unarchived(real):
+    if real.version < (0, 169):
+        pytest.skip("an older Codex")
+
+    def codex(command):
+        thread_id = real.engine.status()["thread_id"]
+        subprocess.run([real.engine.env["CODEX_PATH"], command, thread_id], env=real.engine.env,
+                       stdin=subprocess.DEVNULL, check=True)
+        return thread_id
+
+    real.completed("say hello")
+    thread_id = codex("archive")
+    events, _ = real.turn("say more", new=False)
+    assert "Run `codex unarchive %s`" % thread_id in events[-2].json()["error"]["message"]
+    assert codex("unarchive") == thread_id
+    assert texts(real.completed("say more", new=False)[0]) == ["more"]
+    assert real.engine.status()["thread_id"] == thread_id
+
+
+def test_what_a_broken_database_of_codexs_does_is_mended_by_moving_it_away(real, tmp_path):
+    if real.version < (0, 169):
+        pytest.skip("an older Codex")
+    real.completed("say hello")
+    home = real.engine.codex_home
+    for path in glob.glob(os.path.join(home, "*.sqlite-*")):
+        os.unlink(path)
+    for path in glob.glob(os.path.join(home, "*.sqlite")):
+        with open(path, "wb") as file:
+            file.write(b"this is no database " * 500)
+    real.completed("say hello")                         # a new thread
+    thread_id = real.engine.status()["thread_id"]
+    events, _ = real.turn("say more", new=False)
+    assert "thread/resume failed: list_turns is not supported" in events[-2].data
+    for path in glob.glob(os.path.join(home, "*.sqlite*")):
+        os.rename(path, str(tmp_path / os.path.basename(path)))
+    assert texts(real.completed("say more", new=False)[0]) == ["more"]
+    assert real.engine.status()["thread_id"] == thread_id

@@ -22,8 +22,9 @@ const clients = {
       const blocks = text.split('\n\n');
       text = blocks.pop();
       for (const block of blocks) {
-        const field = name => block.match(new RegExp(`^${name}: (.*)$`, 'm'))?.[1];
-        if (field('data') !== undefined) show(field('id'), field('event'), field('data'));
+        // Not by a RegExp: its `.` and `$` stop at U+2028
+        const fields = Object.fromEntries(block.split('\n').map(line => line.split(/: (.*)/s)));
+        if ('data' in fields) show(fields.id, fields.event, fields.data);
       }
     }
   },
