@@ -1472,9 +1472,15 @@ class EventStream:
         return b""
 
     def _read(self):
-        """What there is to send, or None if there is nothing yet."""
+        """What there is to send, or None if there is nothing yet.  A stream that can't go on ends
+        without `done`, so that its client comes back."""
         finished = self.log.finished                # looked at first: no event comes after it
-        data = self.log.read(self.file, self.offset, STREAM_SIZE)
+        try:
+            data = self.log.read(self.file, self.offset, STREAM_SIZE)
+        except (OSError, MemoryError) as error:
+            logger.error("turn %d: a stream ends early: its log can't be read: %s",
+                         self.log.turn_id, getattr(error, "strerror", "MemoryError"))
+            raise StopIteration from None
         if not data:
             if finished:
                 raise StopIteration

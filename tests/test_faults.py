@@ -121,7 +121,8 @@ def check_seen(engine, seen):
 def check_alive(engine, seen, number, baseline):
     """After the faults: nothing hangs, nothing leaks, the next turn starts, one and the same."""
     assert engine.request("GET", "/health", secret=None).status == 200
-    assert engine.post("/codex/interrupt").status == 200
+    # What a turn could not see while it was stopped it says once.
+    wait_for(lambda: engine.post("/codex/interrupt").status == 200)
     turn = engine.status()["turn"]
     assert turn is None or turn["status"] != "running", turn
     client = Client(engine, seen, "check %d" % number, "Check %d" % number)

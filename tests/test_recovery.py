@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+import campaign
 import conftest
 import harness
 from harness import check_stream, is_alive, read_events, script, wait_for
@@ -609,3 +610,18 @@ def test_full_at_a_reset(small_disk):
     assert engine.status()["thread_id"] is None
     assert engine.send("Hello")[0].json()["thread_id"] != thread
     check_state(engine)
+
+
+# At random: see tests/campaign.py, which goes on for as long as one likes
+
+def test_kill_at_random_moments(tmp_path):
+    told = campaign.run(str(tmp_path), kills=12, seed=1)
+    assert told.kills == 12 and told.rereads
+
+
+def test_kill_at_random_moments_with_a_full_disk(tmp_path):
+    try:
+        told = campaign.run(str(tmp_path), kills=8, seed=2, size=20000)
+    except OSError as error:
+        conftest.unavailable(str(error))
+    assert told.fillings == 8
