@@ -623,5 +623,6 @@ def test_several_sockets_from_systemd(make_engine, tmp_path):
             sock.connect(path)
             sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
             assert b" 200 " in sock.recv(1000)
-        assert "on unix:%s and port %d of 127.0.0.1," % (path, engine.port) in engine.log()
+        places = "on unix:%s and port %d of 127.0.0.1," % (path, engine.port)
+        wait_for(lambda: places in engine.log(), "the log")
         assert engine.stop() == 0

@@ -433,8 +433,8 @@ def test_a_unix_socket(make_engine, tmp_path):
     for _ in range(2):
         engine.start(wait=False)
         wait_for(answers, "the engine to answer")
-        assert "is listening on unix:" + path in engine.log()
-        assert re.search("GET /ping 200 .*, from a Unix socket", engine.log())
+        wait_for(lambda: "is listening on unix:" + path in engine.log()
+                 and re.search("GET /ping 200 .*, from a Unix socket", engine.log()), "the log")
         assert os.stat(path).st_mode & 0o777 == 0o666       # a proxy is another user
         engine.kill()
     engine.start(wait=False)
@@ -571,7 +571,7 @@ def test_no_descriptor_is_left(make_engine):
     for _ in range(5):
         crowd += silent(engine.port, 20)
         assert engine.get("/ping").status == 200
-    assert "connections can't be accepted: Too many open files" in engine.log()
+    wait_for(lambda: "connections can't be accepted: Too many open files" in engine.log())
     for sock in crowd:
         sock.close()
     assert engine.send("hi")[-1].type == "done"
