@@ -18,9 +18,10 @@ import harness  # noqa: E402
 import replicas_engine  # noqa: E402
 
 # What a background job or nohup ignores, the engines under test would ignore, too.
-for number in (signal.SIGINT, signal.SIGHUP):
+for number, action in ((signal.SIGINT, signal.default_int_handler),
+                       (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, action)
 
 
 # What tests need of the machine.  Each is probed once, and what it lacks is one reason.

@@ -19,7 +19,7 @@ STAND_IN_MODEL = os.path.join(TESTS, "stand_in_model")
 RECORDINGS = os.path.join(TESTS, "codex-runs")
 SECRET = "correct horse battery staple"
 CODEX_VERSIONS = os.environ.get("CODEX_VERSIONS", "0.169.0 0.98.0 0.50.0").split()
-PATIENCE = 60.0                     # seconds until a condition that must come has failed to
+PATIENCE = 180.0                    # seconds until a condition that must come has failed to
 
 # The engine from cached bytecode, as the service runs it (a script is compiled at every start), and
 # with other values for some of the module's constants: NAME=VALUE ...

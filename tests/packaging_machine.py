@@ -13,6 +13,8 @@ import tempfile
 import time
 import uuid
 
+import harness
+
 CHECKOUT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CACHE = os.path.join(CHECKOUT, ".cache", "machines")
 SUITE = "trixie"
@@ -163,7 +165,7 @@ class Machine:
         self._log = open(os.path.join(self.base, "console.log"), "ab")
         self._nspawn = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log,
                                         stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + harness.PATIENCE
         while time.monotonic() < deadline:
             self.leader = self._find_leader()
             # "degraded" will do: what doesn't work in a container is not ours.
@@ -223,7 +225,7 @@ class Machine:
         """The command line that another is appended to in order to run in the machine."""
         return ["nsenter", "-t", str(self.leader), "-a"]
 
-    def run(self, command, check=True, timeout=60, input=None):
+    def run(self, command, check=True, timeout=harness.PATIENCE, input=None):
         """A shell command line as root in the machine; its output is text."""
         arguments = self.enter() + ["env", "-i", "PATH=" + PATH, "HOME=/root",
                                     "sh", "-c", "cd /\n" + command]
@@ -288,7 +290,7 @@ class Machine:
         text, _, status = got.rpartition("\n")
         return int(status), text
 
-    def wait_for(self, condition, seconds=10, every=0.05):
+    def wait_for(self, condition, seconds=harness.PATIENCE, every=0.05):
         """Seconds that passed until condition() was true."""
         start = time.monotonic()
         while not condition():

@@ -19,7 +19,7 @@ from replicas_engine import Problems, Settings
 
 
 def run(*arguments, **options):
-    return subprocess.run([sys.executable, harness.MODULE, *arguments], timeout=60,
+    return subprocess.run([sys.executable, harness.MODULE, *arguments], timeout=harness.PATIENCE,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 

@@ -26,7 +26,7 @@ UNITS = ["replicas-engine.service", "replicas-engine.socket"]
 def run(*command, **options):
     options.setdefault("stdin", subprocess.DEVNULL)
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True, timeout=120, **options)
+                          universal_newlines=True, timeout=harness.PATIENCE, **options)
 
 
 def ok(*command, **options):

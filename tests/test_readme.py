@@ -49,7 +49,7 @@ def test_the_example(used, number):
                  % (used.port, harness.SECRET))
     run = subprocess.run(["bash", "-e"], input=(variables + commands.replace("curl ", "curl -sSf ")
                                                 ).encode(),
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=harness.PATIENCE)
     output = run.stdout.decode()
     assert run.returncode == 0, output
     if kind == "json":

@@ -79,7 +79,7 @@ def test_what_cannot_be_used_is_named(name, value):
 
 @pytest.mark.parametrize("name, value", [("PORT", "abc"), ("REPLICAS_ENGINE_SANDBOX", "none")])
 def test_a_wrong_setting_stops_the_start(tmp_path, name, value):
-    run = subprocess.run([sys.executable, harness.MODULE], cwd=str(tmp_path), timeout=60,
+    run = subprocess.run([sys.executable, harness.MODULE], cwd=str(tmp_path), timeout=harness.PATIENCE,
                          env={"HOME": str(tmp_path), name: value}, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT)
     assert run.returncode == 2
@@ -88,7 +88,7 @@ def test_a_wrong_setting_stops_the_start(tmp_path, name, value):
 
 
 def test_a_secret_that_no_header_can_carry_is_not_shown(tmp_path):
-    run = subprocess.run([sys.executable, harness.MODULE], cwd=str(tmp_path), timeout=60,
+    run = subprocess.run([sys.executable, harness.MODULE], cwd=str(tmp_path), timeout=harness.PATIENCE,
                          env={"HOME": str(tmp_path), "REPLICAS_ENGINE_SECRET": "tell\x01nobody"},
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert run.returncode == 2
@@ -180,7 +180,7 @@ def test_a_dotenv_that_is_a_folder_is_passed_over(make_engine):
 def test_importing_the_module_does_nothing(tmp_path):
     program = ("import os, threading; os.environ['PORT'] = 'abc'; import replicas_engine; "
                "print(replicas_engine.application.runner, threading.active_count(), os.listdir('.'))")
-    run = subprocess.run([sys.executable, "-c", program], cwd=str(tmp_path), timeout=60,
+    run = subprocess.run([sys.executable, "-c", program], cwd=str(tmp_path), timeout=harness.PATIENCE,
                          env=dict(os.environ, PYTHONPATH=harness.ROOT), stdout=subprocess.PIPE)
     assert run.stdout.split() == [b"None", b"1", b"[]"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import is_alive, wait_for
+from harness import PATIENCE, is_alive, wait_for
 
 HERE = Path(__file__).resolve().parent
 STAND_IN = HERE / "stand_in_codex"
@@ -35,7 +35,7 @@ class Codex:
     def exec(self, prompt, *words, version="0.169.0"):
         """Run one turn to its end; return its process with `out` and `err`."""
         process = self.start("exec", "--json", *words, version=version)
-        process.out, process.err = process.communicate(prompt.encode(), timeout=60)
+        process.out, process.err = process.communicate(prompt.encode(), timeout=PATIENCE)
         return process
 
     def steps(self, *steps, version="0.169.0"):
@@ -330,7 +330,7 @@ class Server:
         return self.until(lambda message: message.get("method") == "turn/completed")
 
     def close(self):
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, out, err
 
 
