@@ -45,6 +45,7 @@ def types(stream):
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_the_example(used, number):
     commands, kind, shown = EXAMPLES[number]
+    used.wait_for_turn()                                # one example doesn't
     variables = ('ENGINE=http://127.0.0.1:%d\nSECRET="X-Replicas-Engine-Secret: %s"\n'
                  % (used.port, harness.SECRET))
     run = subprocess.run(["bash", "-e"], input=(variables + commands.replace("curl ", "curl -sSf ")
