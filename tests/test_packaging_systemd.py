@@ -275,7 +275,7 @@ def test_directories_in_the_settings(installed):
     assert done.returncode == 1 and machine.pid() == pid
     assert "CODEX_HOME: /srv/link/ch: the service has a /tmp" in done.stderr
     assert "--workspace: /tmp/work: the service has a /tmp" in done.stderr
-    assert re.search("MISSING +workspace: /tmp/work",
+    assert re.search("MISSING +workspace: WORKSPACE_HOME=/tmp/work",
                      machine.run("replicas-engine --check", check=False).stdout)
 
     # What isn't there yet, and what the user can't make.
