@@ -1,7 +1,8 @@
 """Python's clients, each as its own documentation uses it:  streams.py NAME URL [LAST EVENT'S ID]
 
-The secret is in the variable SECRET; a message, as JSON, on standard input is sent with POST.  Every
-event is a line of JSON, [id, type, data], as soon as the client has it; the last line is ["end"].
+The secret is in the variable SECRET; a message, as JSON, on standard input is sent with POST.
+Every event is a line of JSON, [id, type, data], as soon as the client has it; the last line is
+["end"].
 """
 import asyncio
 import json
