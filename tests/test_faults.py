@@ -239,4 +239,4 @@ def test_faults_at_the_start(faulty, kind, most):
     engine.start()
     check_seen(engine, seen)
     assert engine.status()["thread_id"] == thread
-    assert engine.send("Hello")[0].id == "4.1"
+    assert int(engine.send("Hello")[0].id.partition(".")[0]) > 3       # no id is given again
