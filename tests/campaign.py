@@ -26,6 +26,20 @@ from test_faults import Client, check_seen  # noqa: E402
 KEPT = 90                                   # turns that may be read again: the engine keeps 100
 
 
+class Engine(harness.Engine):
+    """One with a secret of its own: between its lives another test's engine may get its port."""
+
+    def __init__(self, folder):
+        self.secret = os.urandom(16).hex()
+        super().__init__(folder, REPLICAS_ENGINE_SECRET=self.secret)
+
+    def open(self, method, path, body=None, headers=None, secret=None):
+        return super().open(method, path, body, headers, secret or self.secret)
+
+    def request(self, method, path, body=None, headers=None, secret=None):
+        return super().request(method, path, body, headers, secret or self.secret)
+
+
 class Campaign:
     def __init__(self, engine, seed, disk=None):
         self.engine = engine
@@ -137,7 +151,7 @@ def tmpfs(path, size):
 
 
 def run(folder, kills, seed, size=None):
-    engine = harness.Engine(folder)
+    engine = Engine(folder)
     with contextlib.ExitStack() as stack:
         if size:
             engine.state = engine.env["REPLICAS_ENGINE_STATE"] = stack.enter_context(
