@@ -3899,7 +3899,7 @@ class Turn:
         waits = [DISK_PATIENCE if holding else LOOK_INTERVAL]
         if self._is_stopping:
             return waits[0]
-        if self._asked_until:
+        if self._asked_until and not self.progress.terminal:
             return min(waits[0], max(0.0, self._asked_until - time.monotonic()))
         now, deadlines = time.monotonic(), []
         if self.progress.terminal:

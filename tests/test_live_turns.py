@@ -110,6 +110,20 @@ def test_a_codex_that_does_not_obey(engine):
     assert error["code"] == "interrupted", error
 
 
+def test_a_turn_that_ends_by_itself_while_it_is_interrupted(engine, tmp_path):
+    """And an app-server that then doesn't exit: the interrupt is answered, and it is ended."""
+    asked = str(tmp_path / "asked")
+    at_requests(engine, turn_interrupt=[{"touch": asked}, {"sleep": 120}])
+    turn = engine.start_turn(script({"say": "x"}, {"wait_for": asked}, {"complete": True}),
+                             deltas=True)
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    assert engine.post("/codex/interrupt").json() == {
+        "success": True, "interrupted": False, "turn_id": None}
+    assert engine.events(turn)[-2].type == "turn.completed"
+    assert not any(is_alive(call["pid"]) for call in engine._stand_in_log() if "argv" in call)
+    assert engine.send("And on", deltas=True)[-2].type == "turn.completed"
+
+
 def test_the_key_is_not_in_its_environment(make_engine):
     engine = make_engine(OPENAI_API_KEY="sk-of-the-test")
     engine.send("Hello", deltas=True)
