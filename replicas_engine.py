@@ -1131,6 +1131,7 @@ class TurnLog:
         self._littered = False      # behind `size` may be the beginning of what wasn't published
         self._synced = 0            # bytes that the disk holds for sure
         self._pending = []          # events that it could not take yet: pairs of type and data
+        self._gap = 0               # numbers to be left out before the next event: see finish
 
     @classmethod
     def create(cls, path, header):
@@ -1230,7 +1231,7 @@ class TurnLog:
         try:
             before_publishing()
         finally:
-            self._publish(len(data), len(ending) + 1, finished=True)
+            self._publish(len(data), self._gap + len(ending) + 1, finished=True)
 
     def _failed(self, error):
         """Note why it can't be written, and say so once, not with every try."""
@@ -1242,7 +1243,7 @@ class TurnLog:
 
     def _reopen(self):
         """Become the writer of a log that was found.  Raises OSError."""
-        gap = 0 if self.header.get("boot") in (None, boot_id()) else POWER_CUT_GAP
+        self._gap = 0 if self.header.get("boot") in (None, boot_id()) else POWER_CUT_GAP
         self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
         self._littered = True       # with the event that broke off
         self.last += gap
@@ -1293,7 +1294,7 @@ class TurnLog:
         return b"".join([
             EVENT % (self.turn_id, number, kind,
                      data.replace(b"\r", b"\ndata: ") if b"\r" in data else data)
-            for number, (kind, data) in enumerate(events, self.last + 1)])
+            for number, (kind, data) in enumerate(events, self.last + self._gap + 1)])
 
     def _write(self, data, offset, spare=0):
         """Write `data` at `offset`, with `spare` bytes of room behind it.  Raises OSError."""

@@ -1,6 +1,7 @@
 """The engine's end and its start after anything: SIGTERM, kill -9, a full disk."""
 
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 import campaign
 import conftest
 import harness
+import replicas_engine
 from harness import check_stream, is_alive, read_events, script, wait_for
 
 BEGIN = {"thread": "resume"}
@@ -341,6 +343,29 @@ def test_a_power_cut_in_a_turn(engine, keep):
     status = engine.status()["turn"]
     assert status["last_event_id"] == ids[2] and status["status"] == "failed"
     assert engine.send("Hello")[0].id == "%d.1" % (turn + 1)
+
+
+def test_an_ending_after_a_power_cut_that_the_disk_does_not_take(tmp_path, monkeypatch):
+    """Until it is written nobody sees of its numbers, and whoever waits for it goes on waiting."""
+    header = {"turn": 1, "boot": "00000000-0000-4000-8000-000000000000"}
+    written = replicas_engine.TurnLog.create(str(tmp_path / "1.log"), header)
+    written.append([(b"x", b"{}")] * 3)
+    found = replicas_engine.TurnLog.open(written.path)
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        for _ in range(2):
+            with pytest.raises(OSError):
+                found.finish([], lambda: None)
+            assert found.last == 3 and found.offset_after(3) == found.size
+    found.finish([(b"turn.failed", b"{}")], lambda: None)
+    with open(found.path, "rb") as file:
+        events = harness.parse_events(file.read().partition(b"\n\n")[2])
+    assert [event.id for event in events] == ["1.1", "1.2", "1.3", "1.1000004", "1.1000005"]
+    assert found.last == 1000005 and found.offset_after(4) == found.offset_after(3) < found.size
+    written.discard()
 
 
 def thread_of_0_2(engine, content):
