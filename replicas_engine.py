@@ -266,6 +266,12 @@ def find_last(read, needle, end):
     return -1
 
 
+def version_numbers(version):
+    """A version's first two numbers, such as (0, 98), or None."""
+    match = re.match(r"([0-9]+)\.([0-9]+)", version or "")
+    return match and tuple(map(int, match.groups()))
+
+
 def joined(pieces):
     """The bytes of the iterable `pieces` in fewer ones, of a block at least."""
     gathered, size = [], 0
@@ -1417,6 +1423,7 @@ class TurnLog:
 # Event stream and results
 # ---------------------------------------------------------------------------------------------
 
+FIRST_WITH_USAGE_OF_THREAD = (0, 98)       # of Codex: `usage` was the turn's own before
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_SIZE = 32 * 1024                    # and for a reader, of whom there may be hundreds
 KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
@@ -1559,16 +1566,31 @@ def final_message(turn_log, file):
     return None
 
 
-def turn_result(turn_log):
-    """What `GET /codex/turns/N` says, but for `turn_usage`.  Raises HTTPError."""
+def turn_result(turn_log, with_message):
+    """What `GET /codex/turns` says of a turn, but for `turn_usage`.  Raises HTTPError."""
     with turn_log.reading() as file:
         result = turn_summary(turn_log, file)
-        del result["last_event_at"]
-        message = final_message(turn_log, file) if turn_log.finished else None
-    result.update(thread_id=turn_log.thread_id, final_message=message)
+        message = final_message(turn_log, file) if with_message and turn_log.finished else None
+    del result["last_event_at"]
+    result["thread_id"] = turn_log.thread_id
+    if with_message:
+        result["final_message"] = message
     data = (message or "").encode("utf-8", "replace")
     if len(data) > MAX_FINAL_MESSAGE:
         result["final_message"] = data[:MAX_FINAL_MESSAGE].decode("utf-8", "ignore")
+def own_usage(turn_log, usage, before):
+    """What a turn used of its own, where Codex said `usage` of it, and `before` of the turn before
+    on its thread; None where that isn't known."""
+    version = version_numbers(turn_log.header.get("version"))
+    if usage is None or version is None:
+        return None
+    began_thread = turn_log.header.get("thread_id") != turn_log.thread_id
+    if began_thread or version < FIRST_WITH_USAGE_OF_THREAD:
+        return usage
+    return before and {key: count - before.get(key, 0) for key, count in usage.items()
+                       if isinstance(count, int) and isinstance(before.get(key, 0), int)}
+
+
         result["final_message_truncated"] = True
     return result
 
@@ -2535,8 +2557,6 @@ SANDBOX_MOUNTS = (".git", ".agents", ".aws", ".codex")
 PLATFORMS = {"x86_64": ("x86_64-unknown-linux-musl", "codex-linux-x64"),
              "aarch64": ("aarch64-unknown-linux-musl", "codex-linux-arm64")}
 
-FIRST_WITH_USAGE_OF_THREAD = (0, 98)       # `usage` was the turn's own before
-
 VERSION_PATIENCE = 5.0                     # seconds that `codex --version` may take
 
 HOW_TO_INSTALL = ("install it with `npm install -g @openai/codex`, "
@@ -2598,12 +2618,6 @@ def codex_environment(settings, codex, mark, with_key=True):
     if codex.path_folder:
         env["PATH"] = codex.path_folder + os.pathsep + (env.get("PATH") or os.defpath)
     return env
-
-
-def version_numbers(version):
-    """A version's first two numbers, such as (0, 98), or None."""
-    match = re.match(r"([0-9]+)\.([0-9]+)", version or "")
-    return match and tuple(map(int, match.groups()))
 
 
 def config_argument(key, value):
@@ -2682,18 +2696,6 @@ class CodexFinder:
             os.killpg(child.pid, signal.SIGKILL)    # it may be a script that waits for another
         match = re.search(rb"[0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Za-z]*", output)
         return match.group().decode() if match else None
-
-
-def _own_usage(turn_log, usage, usages):
-    """What a turn used of its own: from 0.98 on Codex says what its whole thread has.  `usages` is
-    what the turns before it said, by thread; None where that isn't known."""
-    version = version_numbers(turn_log.header.get("version"))
-    if usage is None or version is None:
-        return None
-    if version < FIRST_WITH_USAGE_OF_THREAD or turn_log.header.get("thread_id") is None:
-        return usage                        # or the turn began the thread
-    before = usages.get(turn_log.thread_id)
-    return before and {key: count - before.get(key, 0) for key, count in usage.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3773,8 +3775,7 @@ class Turn:
         # Before it is needed: there may be too many threads then.
         start_thread("stop turn %d" % self.id, self._stop_when_told)
         with explained("Codex can't be started", "see CODEX_PATH"):
-            self._launch(self.thread_id, self.options.is_live(version_numbers(
-                self.runner.finder.version(self.codex))))
+            self._launch(self.thread_id, self.options.is_live(version_numbers(self.version)))
         with explained("The turn's log can't be written", make_room):
             self.log = self.runner.create_log(self)
         self.run.exchange(0)                # Codex gets its prompt
@@ -4423,7 +4424,7 @@ class CodexRunner:
         except OSError as error:
             raise unavailable("The turn's log can't be read", error.strerror) from None
 
-    def results(self, wanted):
+    def results(self, wanted, with_message=False):
         """The results of the kept turns `wanted`, a list of ids, newest first.  Raises HTTPError.
         """
         usages, results = {}, []            # thread id -> the usage of its turn before, or None
@@ -4432,11 +4433,12 @@ class CodexRunner:
                 break
             with contextlib.suppress(NoSuchTurn):
                 turn_log = self.turn_log(turn_id)
-                usage = turn_summary(turn_log)["usage"]
+                result = turn_result(turn_log, with_message and turn_id in wanted)
+                usage, thread_id = result["usage"], turn_log.thread_id
+                result["turn_usage"] = own_usage(turn_log, usage, usages.get(thread_id))
+                usages[thread_id] = usage
                 if turn_id in wanted:
-                    results.insert(0, dict(turn_result(turn_log), turn_usage=_own_usage(
-                        turn_log, usage, usages)))
-                usages[turn_log.thread_id] = usage
+                    results.insert(0, result)
         return results
 
     def interrupt(self):
@@ -4969,11 +4971,7 @@ class Application:
         ids = [turn_id for turn_id in self.runner.state.turn_ids()
                if before is None or turn_id < before]
         limit = whole_number(query, "limit", least=1)
-        results = self.runner.results(ids[-limit:] if limit else ids)
-        for result in results:
-            del result["final_message"]
-            result.pop("final_message_truncated", None)
-        return json_response({"turns": results})
+        return json_response({"turns": self.runner.results(ids[-limit:] if limit else ids)})
 
     def turn(self, request):
         """One turn's result, perhaps when it is over."""
@@ -4982,7 +4980,7 @@ class Application:
         if seconds:
             check_room_for_stream(request)
         self.runner.turn_log(turn_id).wait_for_end(seconds)
-        for result in self.runner.results([turn_id]):
+        for result in self.runner.results([turn_id], with_message=True):
             return json_response(result)
         raise NoSuchTurn("turn %d is no longer kept" % turn_id)
 

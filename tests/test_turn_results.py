@@ -1,5 +1,7 @@
 """A turn's result without its stream: GET /codex/turns and GET /codex/turns/N."""
 
+import os
+import shutil
 import threading
 
 import pytest
@@ -68,6 +70,17 @@ def test_what_a_turn_used_of_its_own(make_engine, version, expected):
     assert [turn["turn_usage"] for turn in reversed(turns)] == expected
     assert [turn["usage"] for turn in reversed(turns)] == [{"n": 5}, {"n": 8}, None, {"n": 20},
                                                            {"n": 22}]
+
+
+def test_what_a_turn_used_that_began_another_thread(engine):
+    """Since Codex had lost the one that it was to resume; and a usage that isn't only numbers."""
+    engine.send(script(BEGIN, used(n=5)))
+    shutil.rmtree(os.path.join(engine.codex_home, "sessions"))
+    engine.send(script(BEGIN, used(n=3)))
+    engine.send(script(BEGIN, used(n=7, plan="pro", more={"n": 1})))
+    last, began_another, first = engine.get("/codex/turns").json()["turns"]
+    assert began_another["thread_id"] == last["thread_id"] != first["thread_id"]
+    assert began_another["turn_usage"] == {"n": 3} and last["turn_usage"] == {"n": 4}
 
 
 def test_waiting_for_a_result(engine, tmp_path):
