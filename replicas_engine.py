@@ -40,7 +40,7 @@ The threads, and what each may touch
 The locks: the runner's, a log's Condition and the server's guard state, each said where it is made;
 none is taken while another one is held, nor held across a yield, a socket, a file or a process.
 Others let one thread at a time do something: open the state directory, start a process or look who
-is an orphan, ring an alarm.
+is an orphan, ask Codex for its version, try again with an ending, ring an alarm.
 
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Events, Turn log, Event stream and
@@ -143,9 +143,6 @@ def boot_id():
         return None
 
 
-PR_SET_DUMPABLE, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 4, 47, 4    # <linux/prctl.h>
-
-
 def start_thread(name, target, *args):
     """Start a daemon thread, and return it."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
@@ -156,6 +153,9 @@ def start_thread(name, target, *args):
 def _snake(name):
     """snake_case for camelCase."""
     return re.sub("[A-Z]", lambda match: "_" + match.group().lower(), name)
+
+
+PR_SET_DUMPABLE, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 4, 47, 4    # <linux/prctl.h>
 
 
 def prctl(option, value):
@@ -391,7 +391,6 @@ class JSONChecker:
             self.expected = {b"": b"", b"[": b",]", b"{": b",}"}[self.nesting[-1:]]
 
 
-
 def json_object(text):
     """The object that the JSON `text` is.  Raises ValueError."""
     try:
@@ -415,7 +414,7 @@ def json_bytes(value):
 # Logging
 # ---------------------------------------------------------------------------------------------
 # A line goes into a queue, and one thread writes it to standard error: that may be a journal, a
-# pipe that nobody reads, or a terminal that was stopped, and none of these may hold up a turn. 
+# pipe that nobody reads, or a terminal that was stopped, and none of these may hold up a turn.
 # Under systemd a line begins with its priority (sd-daemon(3)), so that `journalctl -p warning`
 # answers what went wrong; by hand it begins with the time.
 
@@ -448,8 +447,8 @@ class StderrHandler(logging.Handler):
         start_thread("log", self._write_lines)
 
     def handle(self, record):
-        """Without logging's own lock: `emit` may be called by several threads at once."""
-        self.emit(record)                   # without logging's lock: the queue is one
+        """Without logging's own lock: the queue needs none."""
+        self.emit(record)
 
     def emit(self, record):
         """What logging calls with a record, from any thread."""
@@ -535,8 +534,6 @@ def log_request(level, text):
 # nobody.
 
 SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
-
-
 ENGINE_SETTINGS = tuple("REPLICAS_ENGINE_" + name for name in (
     "SECRET", "SANDBOX", "MODEL", "IDLE_TIMEOUT", "TURN_TIMEOUT", "STATE", "MAX_BODY",
     "MAX_CONNECTIONS", "MAX_HISTORY", "DELTAS"))
@@ -761,9 +758,9 @@ class Settings:
     def _model(self):
         """The model, or None: Codex has one of its own."""
         model = self.env.get("REPLICAS_ENGINE_MODEL")
-        problem = model and not_a_name(model)
-        if problem:
-            raise SettingsError("REPLICAS_ENGINE_MODEL %s" % problem)
+        fault = model and not_a_name(model)
+        if fault:
+            raise SettingsError("REPLICAS_ENGINE_MODEL %s" % fault)
         return model
 
     def _default_state(self):
@@ -837,7 +834,7 @@ def bad_parameter(name, problem):
 
 
 def unavailable(error, details):
-    """The error for a turn that can't be started now; nothing was."""
+    """The error for what can't be had now, a turn or a log; nothing was begun."""
     return HTTPError(503, error, details)
 
 
@@ -1134,10 +1131,10 @@ class TurnLog:
         self.error = None           # why the disk takes no more, an OSError, or None
         self._fd = None
         self._room = 0              # bytes of the file that the disk has set aside
+        self._gap = 0               # numbers to be left out before the next event: see finish
         self._littered = False      # behind `size` may be the beginning of what wasn't published
         self._synced = 0            # bytes that the disk holds for sure
         self._pending = []          # events that it could not take yet: pairs of type and data
-        self._gap = 0               # numbers to be left out before the next event: see finish
 
     @classmethod
     def create(cls, path, header):
@@ -1252,7 +1249,6 @@ class TurnLog:
         self._gap = 0 if self.header.get("boot") in (None, boot_id()) else POWER_CUT_GAP
         self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
         self._littered = True       # with the event that broke off
-        self.last += gap
 
     def _clear(self):
         """Put zeros behind the last event: the file is not cut, since the room would be lost."""
@@ -1423,11 +1419,11 @@ class TurnLog:
 # Event stream and results
 # ---------------------------------------------------------------------------------------------
 
-FIRST_WITH_USAGE_OF_THREAD = (0, 98)       # of Codex: `usage` was the turn's own before
 EVENT_STREAM = "text/event-stream; charset=utf-8"
-STREAM_SIZE = 32 * 1024                    # and for a reader, of whom there may be hundreds
+STREAM_SIZE = 32 * 1024                    # bytes read at once for a reader; there may be hundreds
 KEEP_ALIVE_INTERVAL = 15.0                 # seconds without an event until a comment is sent
 MAX_FINAL_MESSAGE = 256 * 1024             # bytes of UTF-8 that a turn's result holds of it
+FIRST_WITH_USAGE_OF_THREAD = (0, 98)       # of Codex: `usage` was the turn's own before
 CLIENT_CHECK_INTERVAL = 1.0                # seconds between two looks whether the client is there
 
 
@@ -1578,6 +1574,10 @@ def turn_result(turn_log, with_message):
     data = (message or "").encode("utf-8", "replace")
     if len(data) > MAX_FINAL_MESSAGE:
         result["final_message"] = data[:MAX_FINAL_MESSAGE].decode("utf-8", "ignore")
+        result["final_message_truncated"] = True
+    return result
+
+
 def own_usage(turn_log, usage, before):
     """What a turn used of its own, where Codex said `usage` of it, and `before` of the turn before
     on its thread; None where that isn't known."""
@@ -1591,20 +1591,14 @@ def own_usage(turn_log, usage, before):
                        if isinstance(count, int) and isinstance(before.get(key, 0), int)}
 
 
-        result["final_message_truncated"] = True
-    return result
-
-
 # ---------------------------------------------------------------------------------------------
 # Processes
 # ---------------------------------------------------------------------------------------------
 # A child of ours must be known before it is seen among the processes, and waited for by whoever
 # started it and nobody else: hence Child and start_process.  Orphans of the turns become our
 # children (the engine is their subreaper, prctl(2)) and are reaped here, lest they fill the process
-# table.
-#
-# A child that the engine waits for, an orphan that becomes its child, and a look at all others in
-# /proc (proc(5)).  A look that fails is an OSError: who can't see doesn't see that nobody is there.
+# table.  All others are looked at in /proc (proc(5)).  A look that fails is an OSError: who can't
+# see doesn't see that nobody is there.
 
 MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
 PR_SET_CHILD_SUBREAPER = 36                # <linux/prctl.h>
@@ -1618,6 +1612,7 @@ _reaped = 0                                # how many orphans were
 _spare = []                                # a descriptor to be given up for a look
 
 NOFILE_LIMITS = resource.getrlimit(resource.RLIMIT_NOFILE)     # what this process began with
+
 
 def reap_orphans():
     """Wait for the dead among the processes that became ours because we are their subreaper; how
@@ -1904,14 +1899,14 @@ _old_sessions = set()                      # that there were when the last one e
 def _wait(condition, patience):
     """Look until `condition()` or for `patience` seconds.  Nothing tells when a process that is not
     our child has ended, so this polls; a look that fails is followed by another."""
-    pause, deadline = threading.Event(), time.monotonic() + patience
+    deadline = time.monotonic() + patience
     while True:
         with contextlib.suppress(OSError):
             if condition():
                 return True
         if time.monotonic() > deadline:
             return False
-        pause.wait(PROCESS_POLL)
+        time.sleep(PROCESS_POLL)
 
 
 class TurnProcesses:
@@ -3185,10 +3180,9 @@ class AppServer:
             else:
                 events = self._notified(message["method"], message.get("params") or {})
                 answer = b""
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             raise (ValueError if self.accepted else Refused)(
-                "the app-server printed %d bytes that we don't know: %r"
-                % (len(line), error)) from None
+                "the app-server printed %d bytes that we don't know" % len(line)) from None
         return events, answer
 
     def finish(self):
@@ -3362,7 +3356,7 @@ class AppServer:
 # ---------------------------------------------------------------------------------------------
 # Runs of Codex
 # ---------------------------------------------------------------------------------------------
-# A run is one process and its three pipes, read and written by one selector in the turn's thread. 
+# A run is one process and its three pipes, read and written by one selector in the turn's thread.
 # It knows lines and bytes, and asks its driver what they mean.  Nothing in it waits for the disk:
 # when the log can't be written, the turn has it stop reading, Codex blocks in its next write, and
 # memory stays what it is.
@@ -3503,12 +3497,13 @@ class CodexRun:
     def _write_input(self):
         """Write as much as the pipe takes; False when nothing more will be written."""
         try:
-            written = os.write(self.child.stdin.fileno(), memoryview(self._input)[:READ_SIZE])
+            with memoryview(self._input) as view:
+                written = os.write(self.child.stdin.fileno(), view[:READ_SIZE])
         except BlockingIOError:
             return True
         except OSError:                     # Codex doesn't want it: its exit will tell
             return False
-        self._input = self._input[written:]
+        del self._input[:written]
         if not self._input and not self.driver.over:
             self._selector.unregister(self.child.stdin)     # until there is more
             return True
@@ -3678,7 +3673,6 @@ LOOK_INTERVAL = 5.0                        # seconds between two looks at the de
 PAUSE = 5.0                                # seconds that a look is late when the machine was paused
 
 
-
 class Turn:
     """One message to Codex and all that comes of it: its log, its deadlines, its ending.
 
@@ -3707,6 +3701,7 @@ class Turn:
         self.alarm = Alarm()                # rung when there is something to look at
         # Its own thread's
         self.codex = None
+        self.version = None                 # what it says, such as "0.169.0"
         self.run = None                     # the CodexRun
         self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
         self.progress = Progress()
@@ -3765,6 +3760,7 @@ class Turn:
     def _start(self):
         """Start Codex, which does nothing before it has its prompt, and then the log."""
         self.codex = self.runner.prepare(self.options)
+        self.version = self.runner.finder.version(self.codex)
         with explained("Codex's home can't be made", "make the directory, or set CODEX_HOME"):
             os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
         make_room = "make room there: see REPLICAS_ENGINE_STATE"
@@ -3788,7 +3784,7 @@ class Turn:
     def header(self):
         """The log's header: what is known of the turn before its first event."""
         return {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
-                "version": self.runner.finder.version(self.codex), **self.run.processes.saved()}
+                "version": self.version, **self.run.processes.saved()}
 
     def _launch(self, thread_id, live):
         """Start Codex on the thread, or on a new one."""
@@ -4060,7 +4056,7 @@ def set_aside(path, reason):
 def make_way(path):
     """Set aside what lies where a file belongs and is none.  Raises OSError."""
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        set_aside(path, "it is no regular file")
+        set_aside(path, "it is not a regular file")
 
 
 def make_folder(path):
@@ -4074,7 +4070,7 @@ def make_folder(path):
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ELOOP):      # a link to nowhere
                 raise
-        set_aside(path, "it is no folder")
+        set_aside(path, "it is not a folder")
         os.makedirs(path, mode=0o700)
 
 
@@ -4247,7 +4243,7 @@ class StateDirectory:
 # ---------------------------------------------------------------------------------------------
 # CodexRunner
 # ---------------------------------------------------------------------------------------------
-# What there is one of: the current thread, the turn in progress, the order of the turns' numbers. 
+# What there is one of: the current thread, the turn in progress, the order of the turns' numbers.
 # All of that changes under one lock, which is never held while anything is waited for; what takes
 # time happens in the turn's own thread or in the request's, before the lock or after it.
 
@@ -4331,7 +4327,8 @@ class CodexRunner:
         try:
             left = TurnProcesses.from_saved(turn_log.header).stop()
             if left:
-                logger.error("turn %d: this can't be stopped: %s", turn_log.turn_id, left)
+                logger.error("turn %d: this can't be stopped: %s", turn_log.turn_id, ", ".join(
+                    "pid %d (%s)" % (each["pid"], each["command"]) for each in left))
         except (OSError, ValueError) as error:
             logger.error("turn %d: its processes can't be stopped: %s", turn_log.turn_id, error)
         self.finish_log(turn_log, [] if turn_log.has_ending else failure(

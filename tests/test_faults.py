@@ -233,7 +233,7 @@ def test_faults_at_the_start(faulty, kind, most):
     engine, seen = faulty(), {}
     for number in range(3):
         live(engine, seen, number)
-    thread = engine.status()["thread_id"]
+    status = engine.status()
     assert engine.stop() == 0
     for nth in range(1, most):
         start_under_faults(engine, calls=[kind], nth=nth, seed=nth)
@@ -241,5 +241,5 @@ def test_faults_at_the_start(faulty, kind, most):
                     if not name.endswith(".log")]
     engine.start()
     check_seen(engine, seen)
-    assert engine.status()["thread_id"] == thread
-    assert int(engine.send("Hello")[0].id.partition(".")[0]) > 3       # no id is given again
+    assert engine.status()["thread_id"] == status["thread_id"]
+    assert engine.send("Hello")[0].id == "%d.1" % (status["turn"]["id"] + 1)

@@ -597,7 +597,7 @@ def test_needrestart_leaves_the_engine_alone():
 @pytest.fixture
 def with_codex():
     """A machine with the real Codex 0.169.0 and the stand-in model, on which turns are possible.
-    The workspace is /home/ubuntu/work."""
+    The workspace is /home/ubuntu/project."""
     codex = packaging_machine.codex_0_169()
     if not codex:
         conftest.unavailable("Codex 0.169.0 is not in .cache/codex: see tests/run")
@@ -609,7 +609,7 @@ def with_codex():
                     " python3 /opt/tests/stand_in_model --codex-home /home/ubuntu/.codex")
         machine.wait_for(lambda: machine.run("test -s /home/ubuntu/.codex/config.toml",
                                              check=False).returncode == 0)
-        machine.install("--workspace /home/ubuntu/work")
+        machine.install("--workspace /home/ubuntu/project")
         machine.run("echo CODEX_API_KEY=stand-in >>" + SETTINGS)
         machine.run("systemctl restart replicas-engine")
         yield machine
@@ -651,7 +651,7 @@ def test_a_real_turn(with_codex):
     assert found[-2][0] == "turn.completed" and found[-1][0] == "done", found
     command, = commands(found)
     assert "ran" in command["aggregated_output"].split()
-    assert machine.out("cat /home/ubuntu/work/inside.txt; stat -c %U /home/ubuntu/work/inside.txt"
+    assert machine.out("cat /home/ubuntu/project/inside.txt; stat -c %U /home/ubuntu/project/inside.txt"
                        ) == "made\nubuntu"
     assert machine.out("find / -xdev -name outside.txt") == ""
     secret = machine.secret()
@@ -884,7 +884,7 @@ def test_what_turns_leave_running(with_codex):
     """It stays in its control group, is asked to end before a restart ends it, and then leaves no
     group behind."""
     machine = with_codex
-    machine.run("rm -f /home/ubuntu/work/asked")
+    machine.run("rm -f /home/ubuntu/project/asked")
     found = send(machine, "model: run setsid -f sh -c 'trap \"echo >asked; exit\" TERM;"
                           " while :; do sleep 0.1; done' serves >/dev/null 2>&1 </dev/null\n"
                           "model: say Done.", sandbox_mode="danger-full-access")
@@ -896,7 +896,7 @@ def test_what_turns_leave_running(with_codex):
     assert machine.out(ESCAPED) == "0" and machine.out(CGROUPS) == cgroup
     assert machine.out("pgrep -f '[s]erves' | wc -l") != "0"
     machine.run("systemctl restart replicas-engine")
-    machine.run("test -e /home/ubuntu/work/asked")
+    machine.run("test -e /home/ubuntu/project/asked")
     assert machine.out("pgrep -f '[s]erves' | wc -l") == "0"
     send(machine, "model: say Hello.")
     assert machine.out(CGROUPS) == ""

@@ -500,17 +500,20 @@ def test_clients_that_vanish_without_a_word():
     assert output.stdout == b"left: 0\n"
 
 
-def test_no_thread_can_be_started(serve, monkeypatch):
-    """As when the agent has filled the machine: those that are there already serve."""
-    served = serve(Application(), always=("/echo",))
+def give_connections_no_thread(monkeypatch):
     start = threading.Thread.start
 
     def fail(thread):
         if thread.name == "connection":
             raise RuntimeError("can't start new thread")
         start(thread)
-
     monkeypatch.setattr(threading.Thread, "start", fail)
+
+
+def test_no_thread_can_be_started(serve, monkeypatch):
+    """As when the agent has filled the machine: those that are there already serve."""
+    served = serve(Application(), always=("/echo",))
+    give_connections_no_thread(monkeypatch)
     for _ in range(10):
         assert served.get("echo")[0] == 200
     monkeypatch.undo()
@@ -521,14 +524,7 @@ def test_without_threads_a_silent_crowd_keeps_nobody_out(serve, monkeypatch):
     """The newest connection is served first, and the oldest make room for it."""
     served = serve(Application(), always=("/echo",), SPARE_TIMEOUT=10 * harness.PATIENCE,
                    LINGER_PAUSE=10 * harness.PATIENCE)
-    start = threading.Thread.start
-
-    def fail(thread):
-        if thread.name == "connection":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", fail)
+    give_connections_no_thread(monkeypatch)
     crowd = silent(served.port, 40)
     for _ in range(3):
         crowd.append(Client(served.port, request(b"GET /echo HTTP/1.1")))
