@@ -228,6 +228,14 @@ def delete_folder(path):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def write_synced(path, data):
+    """Have the disk hold a file with `data`, for our user alone.  Raises OSError."""
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sync_directory(path):
     """Have the disk hold which files are in a directory.  Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -838,6 +846,12 @@ def unavailable(error, details):
     return HTTPError(503, error, details)
 
 
+def not_startable(error):
+    """The HTTPError that says which exception kept a turn from starting."""
+    return HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
+        "The turn can't be started", str(error) or type(error).__name__)
+
+
 @contextlib.contextmanager
 def explained(error, advice):
     """Within, an OSError becomes `unavailable`, with what to do."""
@@ -1003,6 +1017,7 @@ STOP_MESSAGES = {
     "interrupted": "The turn was interrupted",
     "stalled": "The turn stalled: Codex made no progress for %g seconds, with no item in progress",
     "timeout": "The turn took longer than %g seconds",
+    "cancelled": "The message was taken out of the queue",
     "shutdown": "The engine was shut down during the turn",
     "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
 }
@@ -1079,8 +1094,13 @@ def _thread_started(frame):
 # The room is set aside on the disk before anything is written, so that a turn's ending can be
 # written on a full disk too.  It goes when the log is finished; after a crash whoever opens the log
 # finds its end by looking for the last blank line.
+#
+# A turn whose message waits in the queue has a log without events.  Its header has queued_at, and
+# blanks behind it: they give room to the one that it gets when Codex was started.
 
 MAX_HEADER = 64 * 1024                     # bytes
+QUEUED_HEADER = 4 * 1024                   # bytes of a log that waits: one page of the cache, which
+#                                            is written whole or not at all
 ENDING_ROOM = 32 * 1024                    # bytes: two events with such a message, and `done`
 ROOM_STEP = 64 * 1024                      # bytes that the disk is asked for at once
 MAX_UNFINISHED = 2 * MAX_EVENT             # bytes behind the last event that a crash may leave
@@ -1126,6 +1146,7 @@ class TurnLog:
         self.size = start           # bytes that are published
         self.last = 0               # the number of the last event published
         self.finished = False       # that was `done`
+        self.left = False           # the engine ends, and the log doesn't
         self.has_ending = False     # when it was opened, it had all but `done`
         # The writer's own
         self.error = None           # why the disk takes no more, an OSError, or None
@@ -1139,7 +1160,10 @@ class TurnLog:
     @classmethod
     def create(cls, path, header):
         """A new log with the given header.  Raises OSError, and then leaves no file behind."""
-        first = b": " + json_bytes(header) + b"\n\n"
+        first = b": " + json_bytes(header)
+        if "queued_at" in header:
+            first = first.ljust(QUEUED_HEADER - 2)
+        first += b"\n\n"
         turn_log = cls(path, header, len(first))
         turn_log._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -1177,7 +1201,22 @@ class TurnLog:
         """Learn the thread from the first of these events."""
         self.thread_id = _thread_started(events.partition(b"\n\n")[0]) or self.thread_id
 
+    @property
+    def is_queued(self):
+        """Whether its turn still waits."""
+        return "queued_at" in self.header and not (self.finished or self.has_ending)
+
     # For the writer, one thread
+
+    def begin(self, header):
+        """Give a log that waited the header of a turn that runs.  Raises OSError."""
+        first = b": " + json_bytes(header)
+        if len(first) > self.start - 2:
+            raise OSError(errno.EFBIG, "no room for its header", self.path)
+        if self._fd is None:
+            self._reopen()
+        self._write(first.ljust(self.start - 2), 0, ENDING_ROOM)
+        self.header, self.thread_id = header, header["thread_id"]
 
     def append(self, events):
         """Number, write and publish `events`, pairs of a type and its data (both bytes); False if
@@ -1282,6 +1321,14 @@ class TurnLog:
             with contextlib.suppress(OSError):  # the log may just be finished; the disk may be bad:
                 os.fdatasync(fd)                # `sync` will say so
 
+    def leave(self):
+        """Let whoever waits for it go: the engine ends."""
+        with self.changed:
+            self.left = True
+            self.changed.notify_all()
+        if self._fd is not None:
+            self._close()
+
     def discard(self):
         """Delete it, or else make it none: its turn never was."""
         with contextlib.suppress(OSError):
@@ -1360,13 +1407,13 @@ class TurnLog:
     def wait(self, offset, timeout):
         """Wait until there is more than `offset` bytes or the end, `timeout` seconds at most."""
         with self.changed:
-            if self.size <= offset and not self.finished:
+            if self.size <= offset and not (self.finished or self.left):
                 self.changed.wait(timeout)
 
     def wait_for_end(self, timeout):
         """Wait until the log is finished, `timeout` seconds at most."""
         with self.changed:
-            self.changed.wait_for(lambda: self.finished, timeout)
+            self.changed.wait_for(lambda: self.finished or self.left, timeout)
 
     def offset_after(self, number):
         """Where the event behind event `number` begins (0: the first), or None: no such event.
@@ -1478,7 +1525,7 @@ class EventStream:
     def _read(self):
         """What there is to send, or None if there is nothing yet.  A stream that can't go on ends
         without `done`, so that its client comes back."""
-        finished = self.log.finished                # looked at first: no event comes after it
+        over = self.log.finished or self.log.left   # looked at first: no event comes after it
         try:
             data = self.log.read(self.file, self.offset, STREAM_SIZE)
         except (OSError, MemoryError) as error:
@@ -1486,7 +1533,7 @@ class EventStream:
                          self.log.turn_id, getattr(error, "strerror", "MemoryError"))
             raise StopIteration from None
         if not data:
-            if finished:
+            if over:
                 raise StopIteration
             return None if self.next_comment else b""
         self.offset += len(data)
@@ -1533,7 +1580,7 @@ def turn_summary(turn_log, file=None):
     with turn_log.changed:
         last, finished = turn_log.last, turn_log.finished
     modified = timestamp(os.fstat(file.fileno()).st_mtime)
-    summary = {"id": turn_log.turn_id, "status": "running",
+    summary = {"id": turn_log.turn_id, "status": "queued" if turn_log.is_queued else "running",
                "started_at": turn_log.header.get("started_at"),
                "finished_at": modified if finished else None,
                "last_event_at": modified if last else None,
@@ -2832,6 +2879,13 @@ def _images(value, settings):
     return files
 
 
+def _thread(value, settings):
+    """The id of a thread to go on with, or None for a new one."""
+    if value is not None and thread_id_of({"thread_id": value}) is None:
+        raise ValueError("must be the id of a thread, or null")
+    return value
+
+
 def _web_search(value):
     """Web search on or off, in words that every version understands."""
     # 0.50 knows tools.web_search; newer versions know web_search, and pass over the other one.
@@ -2854,6 +2908,8 @@ TURN_OPTIONS = (
     TurnOption("web_search", _boolean, _web_search),
     TurnOption("output_schema", _schema, lambda file: ["--output-schema", file]),
     TurnOption("deltas", _boolean, lambda on: [], lambda on: FIRST_LIVE if on else None),
+    TurnOption("thread_id", _thread, lambda thread_id: []),
+    TurnOption("when_busy", _one_of("reject", "queue", "steer"), lambda word: []),
     TurnOption("images", _images,
                lambda files: [word for file in files for word in ("--image", file)],
                lambda files: FIRST_WITH_IMAGES if files else None),
@@ -2861,12 +2917,14 @@ TURN_OPTIONS = (
 
 
 class TurnOptions:
-    """The options of one turn as Codex's arguments, TurnFiles still among them.
+    """The message of one turn, and its options as Codex's arguments, TurnFiles still among them.
 
     Raises HTTPError 400 that names the key whose value can't be used.
     """
 
     def __init__(self, body, settings):
+        self.body = body
+        self.message = body.get("message")
         defaults = {"model": settings.model, "sandbox_mode": settings.sandbox,
                     "deltas": settings.deltas}
         self.arguments, self.images, self.since, self.values = [], [], {}, {}
@@ -2883,6 +2941,22 @@ class TurnOptions:
             words.extend(option.arguments(checked))
             if option.key in body and option.since(checked):
                 self.since[option.key] = option.since(checked)
+
+    @property
+    def when_busy(self):
+        """What to do with the message while a turn is in progress."""
+        return self.values.get("when_busy", "reject")
+
+    def thread_id(self, current):
+        """The thread to go on with, where `current` is the current one."""
+        return self.values.get("thread_id", current)
+
+    def saved(self):
+        """A body that makes the same options later, though an image's file may be gone: bytes."""
+        from base64 import b64encode        # wanted by few turns
+        return json.dumps(dict(self.body, images=[
+            "data:image/%s;base64,%s" % (file.name.rpartition(".")[2], b64encode(file.data).decode())
+            for file in self.images[1::2]])).encode()
 
     def is_live(self, version):
         """Whether the turn goes through the app-server of a Codex of that version, or None."""
@@ -2906,6 +2980,22 @@ def _well_formed(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+class Steer:
+    """A message that is to cut into a running turn.  Whether it did is decided once."""
+
+    def __init__(self, message):
+        self.message = _well_formed(message)
+        self.offset = None                  # in the turn's log, where its event comes or behind it
+        self.refusal = None                 # why it didn't cut in, once it is answered
+        self.answered = threading.Event()
+        self.settled = threading.Event()    # and what follows from the answer is noted
+
+    def answer(self, refusal=None):
+        """It has cut in, or was refused for that reason."""
+        self.refusal = refusal
+        self.answered.set()
+
+
 class Refused(Exception):
     """The app-server doesn't take the turn, or speaks otherwise than we know; nothing was begun."""
 
@@ -2914,14 +3004,17 @@ class Exec:
     """A turn by way of `codex exec`: the message goes in, and every line that comes is an event.
 
     `arguments` is the command line.  What every driver has: `accepted`, whether the turn was begun;
-    `over`, whether nothing more is to be written, so that standard input is closed; `pending_since`
-    and `flush` for events that wait to be joined, `finish` for those that wait for the exit.
+    `over`, whether nothing more is to be written, so that standard input is closed; `ended_at`,
+    when the turn ended, while its last events still wait (by time.monotonic); `steers`, those that
+    wait for an answer; `pending_since` and `flush` for events that wait to be joined, `finish` for
+    those that wait for the exit.
     """
 
     accepted = True
     over = True                             # but for the message
     needs_key = True                        # in its environment
-    pending_since = None
+    pending_since = ended_at = None
+    steers = {}
 
     def __init__(self, settings, codex, options, thread_id, message):
         self.arguments = codex_arguments(settings, codex, options, thread_id)
@@ -2952,6 +3045,11 @@ class Exec:
 
     def interrupt(self):
         """What to write to have the turn interrupted: that can't be asked."""
+        return b""
+
+    def steer(self, steer):
+        """What to write to have a Steer cut in: nothing, and it is answered."""
+        steer.answer("the turn in progress isn't live: start turns with \"deltas\": true")
         return b""
 
     def finish(self):
@@ -3059,6 +3157,7 @@ MAX_JOINED = 4 * 1024                      # for so many bytes, or another event
 MAX_DELTAS = 8 * 1024 * 1024               # bytes of a turn's deltas, which then end
 
 INITIALIZE, LOGIN, THREAD, TURN, INTERRUPT, STEER = range(1, 7)     # ids of requests, and more
+TOO_LATE = "the turn ended before it: send it as a message of its own"
 
 
 class AppServer:
@@ -3082,7 +3181,8 @@ class AppServer:
         self.thread_id = thread_id
         self.turn_id = None
         self.over = False
-        self.steer_answers = []             # (message, None or why it was refused), to be taken
+        self.ended_at = None
+        self.steers = {}                    # id of the request -> Steer
         self.pending_since = None           # since when DELTA_PAUSE runs, if deltas wait for it
         self._workspace = settings.workspace
         self._options = options
@@ -3093,7 +3193,6 @@ class AppServer:
         self._early = []                    # events that wait for the first
         self._asked = {INITIALIZE, LOGIN, THREAD, TURN}     # and not yet answered
         self._interrupted = False
-        self._steers = {}                   # those without an answer
         self._last_id = STEER
         self._items = {}                    # that are in progress: id -> number, once it is told
         self._told = 0                      # items
@@ -3152,14 +3251,17 @@ class AppServer:
         self._interrupted = True
         return _request(INTERRUPT, "turn/interrupt", threadId=self.thread_id, turnId=self.turn_id)
 
-    def steer(self, message):
-        """What to write to have the message cut in, once the turn is accepted and not over: then
-        comes `turn.steered`, or not, and always an entry in `steer_answers`."""
+    def steer(self, steer):
+        """What to write to have a Steer cut in, once the turn is accepted; then `turn.steered`
+        comes, or not, and the Steer is answered."""
+        if self._ending or self.over:
+            steer.answer(TOO_LATE)
+            return b""
         self._last_id += 1
-        self._steers[self._last_id] = _well_formed(message)
+        self.steers[self._last_id] = steer
         return _request(self._last_id, "turn/steer", threadId=self.thread_id,
                         expectedTurnId=self.turn_id,
-                        input=[{"type": "text", "text": self._steers[self._last_id]}])
+                        input=[{"type": "text", "text": steer.message}])
 
     # What is read
 
@@ -3192,8 +3294,8 @@ class AppServer:
 
     def _answered(self, number, message):
         """An answer to one of our requests: events, and what to write."""
-        if number in self._steers:
-            return self._steer_answered(self._steers.pop(number), message.get("error")), b""
+        if number in self.steers:
+            return self._steer_answered(self.steers.pop(number), message.get("error")), b""
         if number not in self._asked:
             return [], b""
         self._asked.discard(number)
@@ -3213,16 +3315,18 @@ class AppServer:
         self.turn_id = turn["id"]
         return [_event("thread.started", thread_id=self.thread_id)] + self._early
 
-    def _steer_answered(self, message, error):
+    def _steer_answered(self, steer, error):
         """Whether a message has cut in."""
-        self.steer_answers.append((message, error and error["message"]))
-        events = [] if error else self.flush() + [_event("turn.steered", message=message)]
+        steer.answer("Codex refuses it: %s" % message_of(error)[:200] if error else None)
+        events = [] if error else self.flush() + [_event("turn.steered", message=steer.message)]
         return events + self._end([])
 
     def _end(self, ending):
         """Give out the turn's ending when no message can come into it any more."""
         self._ending += ending
-        if self._steers or not self._ending:
+        if self.steers and self._ending:
+            self.ended_at = self.ended_at or time.monotonic()
+        if self.steers or not self._ending:
             return []
         self.over = True
         return self.finish()
@@ -3679,27 +3783,28 @@ class Turn:
     It is run by a thread of its own, in which a CodexRun does the work, or two: where Codex doesn't
     know the thread any more, the message goes to a new one.  `ready` is set once Codex was started,
     or could not be (then `problem` is the HTTPError), and `over` when Codex has exited and the log
-    is finished.
+    is finished.  One that waits in the queue is `ready` with its log; its options are on the disk.
     """
 
-    def __init__(self, runner, turn_id, thread_id, message, options):
+    def __init__(self, runner, turn_id, options=None, log=None):
         self.runner = runner
         self.settings = runner.settings
         self.id = turn_id
-        self.thread_id = thread_id          # the one to resume, or None
-        self.message = message
         self.options = options
-        self.mark = os.urandom(16).hex()
+        self.mark = log.header.get("mark") if log else os.urandom(16).hex()
         self.folder = runner.state.files_folder(turn_id)
         # For everybody
         self.ready = threading.Event()
         self.over = threading.Event()
         self.problem = None
-        self.log = None
+        self.log = log
         self.left = []                      # what could not be stopped, as TurnProcesses.stop says
         self.stop_code = None               # why it is being stopped; guarded by the runner's lock
         self.alarm = Alarm()                # rung when there is something to look at
+        self.steers = queue.SimpleQueue()   # of Steers; None once the turn takes no more, which the
+        #                                     runner's lock guards
         # Its own thread's
+        self.thread_id = None               # the one to resume
         self.codex = None
         self.version = None                 # what it says, such as "0.169.0"
         self.run = None                     # the CodexRun
@@ -3709,6 +3814,8 @@ class Turn:
         # Moments of time.monotonic
         self.started_at = time.monotonic()
         self.timed_from = self.started_at   # for REPLICAS_ENGINE_TURN_TIMEOUT
+        if log:
+            self.ready.set()
         # The stopper's
         self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None when there are none
         self._is_stopping = False
@@ -3724,12 +3831,25 @@ class Turn:
         except (RuntimeError, MemoryError) as error:        # there are too many threads
             self._not_started(error)
 
+    def end_unstarted(self, message=STOP_MESSAGES["cancelled"], code="cancelled"):
+        """End it without a run of Codex: it has only waited."""
+        self.runner.finish_log(self.log, failure(message, code))
+        self._be_over()
+
     def log_once_started(self):
-        """Its log, once Codex was started.  Raises HTTPError."""
+        """Its log, once Codex was started or the message waits.  Raises HTTPError."""
         self.ready.wait()
         if self.problem:
             raise HTTPError(*self.problem.args)     # a new one: it will hold its stack's frames
         return self.log
+
+    def steer(self, steer):
+        """Have a Steer answered; to be called with the runner's lock."""
+        if self.steers is not None:
+            self.steers.put(steer)
+            self.alarm.ring()
+        else:
+            steer.answer(TOO_LATE)
 
     # Its own thread, in the order in which things happen
 
@@ -3759,6 +3879,12 @@ class Turn:
 
     def _start(self):
         """Start Codex, which does nothing before it has its prompt, and then the log."""
+        waited = self.log is not None
+        if waited:
+            self.started_at = self.timed_from = time.monotonic()
+            with explained("The message can't be read", "send it again"):
+                self.options = TurnOptions(self.runner.state.load_message(self.id), self.settings)
+        self.thread_id = self.options.thread_id(self.runner.thread_id)
         self.codex = self.runner.prepare(self.options)
         self.version = self.runner.finder.version(self.codex)
         with explained("Codex's home can't be made", "make the directory, or set CODEX_HOME"):
@@ -3774,6 +3900,8 @@ class Turn:
             self._launch(self.thread_id, self.options.is_live(version_numbers(self.version)))
         with explained("The turn's log can't be written", make_room):
             self.log = self.runner.create_log(self)
+        if waited:                          # else a power cut would have it start again
+            self.log.sync()
         self.run.exchange(0)                # Codex gets its prompt
         self.log.sync(created=True)
         logger.info("turn %d started: %s, codex pid %d", self.id,
@@ -3783,13 +3911,15 @@ class Turn:
 
     def header(self):
         """The log's header: what is known of the turn before its first event."""
+        if self.run is None:
+            return {"turn": self.id, "queued_at": timestamp(), "mark": self.mark}
         return {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
                 "version": self.version, **self.run.processes.saved()}
 
     def _launch(self, thread_id, live):
         """Start Codex on the thread, or on a new one."""
         driver = (AppServer if live else Exec)(
-            self.settings, self.codex, self.options, thread_id, self.message)
+            self.settings, self.codex, self.options, thread_id, self.options.message)
         self.run = CodexRun(driver, self.settings, self.codex,
                             TurnProcesses.create(self.id, self.mark), self.alarm)
         self.progress.start_anew()
@@ -3805,13 +3935,22 @@ class Turn:
 
     def _not_started(self, error):
         """Nothing was begun: clean up, and let whoever waits know why."""
-        self.problem = HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
-            "The turn can't be started", str(error) or type(error).__name__)
+        problem, waited = not_startable(error), self.ready.is_set()
+        why = "%s: %s" % (problem.body["error"], problem.body.get("details"))
+        logger.error("turn %d could not be started: %s", self.id, why)
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
-            stack.callback(self._be_over)
-            stack.callback(self.ready.set)
-            stack.callback(self.runner.not_started, self)
+            if waited:                      # there is a log, which will say it
+                self.runner.last_failure = "turn %d could not be started: %s" % (self.id, why)
+                self.progress.terminal = "turn.failed"
+                stack.callback(self._release)
+                stack.callback(self.end_unstarted, why[:MAX_FAILURE_MESSAGE], "not_started")
+            else:
+                self.problem = problem
+                stack.callback(self._be_over)
+                stack.callback(self.ready.set)
+                stack.callback(self.runner.not_started, self)
             stack.callback(self._leave)
+            stack.callback(self._refuse_steers)
             if self.run:
                 self.run.child.kill()
 
@@ -3827,6 +3966,7 @@ class Turn:
                 break
             self._hold_back(self.log.error is not None)
             self._exchange()
+            self._pass_on_steers()
             if self.stop_code:
                 self._stop()
         if not drained:
@@ -3849,6 +3989,16 @@ class Turn:
             self.timed_from = time.monotonic()
             self.progress.start_anew()
         self._publish(self.run.take_events())
+
+    def _pass_on_steers(self):
+        """Hand on what is to cut in, when Codex has taken the turn itself."""
+        while self.run.driver.accepted and not self.steers.empty():
+            steer = self.steers.get()
+            steer.offset = self.log.size
+            if self.stop_code or self.progress.terminal:
+                steer.answer(TOO_LATE)
+            else:
+                self.run.send(self.run.driver.steer(steer))
 
     def _hold_back(self, holding):
         """While the disk takes nothing, Codex waits; what doesn't pass by itself ends the turn."""
@@ -3900,9 +4050,10 @@ class Turn:
         if self._asked_until and not self.progress.terminal:
             return min(waits[0], max(0.0, self._asked_until - time.monotonic()))
         now, deadlines = time.monotonic(), []
-        if self.progress.terminal:
+        ended_at = self.run.driver.ended_at or self.progress.terminal and self.progress.ended_at
+        if ended_at:
             patience = INTERRUPT_PATIENCE if self.stop_code else EXIT_PATIENCE
-            deadlines.append((self.progress.ended_at + patience, None))
+            deadlines.append((ended_at + patience, None))
         elif self.settings.turn_timeout:
             deadlines.append((self.timed_from + self.settings.turn_timeout, "timeout"))
         if self.settings.idle_timeout and not (
@@ -3954,8 +4105,18 @@ class Turn:
         with contextlib.ExitStack() as stack:           # the last one first
             for step in (self.runner.prune, self.run.processes.discard, reap_orphans, self._release,
                          self._be_over, self._await_exit, self._finish_log, self._leave,
-                         self._give_up_pending):
+                         self._refuse_steers, self._give_up_pending):
                 stack.callback(step)
+
+    def _refuse_steers(self):
+        """No message cuts into this turn any more."""
+        with self.runner.lock:
+            waiting, self.steers = self.steers, None
+        while not waiting.empty():
+            waiting.get().answer(TOO_LATE)
+        for steer in self.run.driver.steers.values() if self.run else ():
+            steer.answer("Codex ended before it answered: see GET /codex/history for whether the "
+                         "message is in the thread")
 
     def _give_up_pending(self):
         """Nobody gets the events that the log could not take, nor an end that was among them."""
@@ -4081,6 +4242,7 @@ class StateDirectory:
         turns/7.log     a kept turn, see TurnLog
         turns/7.reset   the thread was reset when turn 7 was the newest: that is behind it
         turns/7.files/  what Codex takes as a file only, while turn 7 runs
+        turns/7.message what the client sent, if it has to wait, until turn 7 is over
 
     Replicas-engine 0.2.0 kept the thread in thread.json.  Its id goes into a .reset, which says by
     that what the thread is until there is a turn behind it.
@@ -4088,7 +4250,7 @@ class StateDirectory:
     What is broken, or no regular file, costs only itself: it gets .broken behind its name.
     """
 
-    NAME = re.compile(r"(0|[1-9][0-9]{0,14})\.(log|reset)((?:\.broken)*)")
+    NAME = re.compile(r"(0|[1-9][0-9]{0,14})\.(log|reset|message)((?:\.broken)*)")
 
     def __init__(self, path):
         self.path = path
@@ -4147,6 +4309,41 @@ class StateDirectory:
         if os.path.lexists(path):
             set_aside(path, "it lies where the log of a new turn belongs")
         return TurnLog.create(path, header)
+
+    def message_path(self, turn_id):
+        """Where the message of a turn is that waits."""
+        return os.path.join(self.turns, "%d.message" % turn_id)
+
+    def create_queued(self, turn_id, message, header):
+        """The log of a turn that waits, and its message (bytes) beside it, both on the disk.
+        Raises OSError."""
+        make_folder(self.turns)
+        path = self.message_path(turn_id)
+        make_way(path)
+        try:
+            write_synced(path, message)
+            turn_log = self.create_log(turn_id, header)
+        except BaseException:
+            self.delete_message(turn_id)
+            raise
+        turn_log.sync(created=True)
+        return turn_log
+
+    def load_message(self, turn_id):
+        """The object that the client sent.  Raises OSError, and ValueError if it is broken."""
+        with open_regular(self.message_path(turn_id)) as file:
+            return json_object(file.read().decode())
+
+    def delete_message(self, turn_id):
+        """It isn't needed any more, if there is one."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.message_path(turn_id))
+
+    def delete_messages(self, wanted):
+        """Delete those of turns that aren't in `wanted`: an engine ended while it wrote them."""
+        for turn_id, _ in self._entries("message"):
+            if turn_id not in wanted:
+                self.delete_message(turn_id)
 
     def load_logs(self):
         """The logs that can be read, oldest first, and the newest turn's id, readable or not."""
@@ -4208,10 +4405,7 @@ class StateDirectory:
         make_folder(self.turns)
         path = os.path.join(self.turns, "%d.reset" % turn_id)
         make_way(path)
-        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write((thread_id or "").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(path, (thread_id or "").encode())
         sync_directory(self.turns)
 
     def delete_old(self, may_delete):
@@ -4254,8 +4448,11 @@ def _check_stopped(turn):
                         processes=turn.left)
 
 
+MAX_QUEUED = 32                            # messages
+
+
 class CodexRunner:
-    """The conversation: the thread, the turn in progress, and the turns that were.
+    """The conversation: the thread, the turn in progress, those that wait and those that were.
 
     The thread is the newest turn's, unless a reset is behind it.
     """
@@ -4272,6 +4469,7 @@ class CodexRunner:
         # Guards what follows; never held while anything is waited for.
         self.lock = threading.Lock()
         self.current = None                 # the Turn in progress, its start and its end included
+        self.queue = {}                     # id -> Turn that waits, the next one first
         self.latest = 0                     # the id of the newest turn
         self.newest_log = None              # the TurnLog of the newest turn that was started
         self.reset_at = (0, None)           # (turn id, thread id): what the thread is up to a turn
@@ -4279,6 +4477,7 @@ class CodexRunner:
         self.unfinished = {}                # id -> the ending that such a log could not take
         self._finishing = threading.Lock()  # one thread at a time tries again with those
         self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
+        self.steers = {}                    # Idempotency-Key -> Steer that isn't answered yet
         self.closing = False
         self._closed = threading.Event()
 
@@ -4307,15 +4506,21 @@ class CodexRunner:
             if turn_log.header.get("key"):
                 self.keys[turn_log.header["key"]] = (turn_log.turn_id,
                                                      turn_log.header.get("fingerprint"))
-        self.newest_log = logs[-1] if logs else None
-        broken = [turn_log for turn_log in logs if not turn_log.finished]
-        self.logs = {turn_log.turn_id: turn_log for turn_log in broken}
+        started = [turn_log for turn_log in logs if "queued_at" not in turn_log.header]
+        self.newest_log = started[-1] if started else None
+        unfinished = [turn_log for turn_log in logs if not turn_log.finished]
+        self.logs = {turn_log.turn_id: turn_log for turn_log in unfinished}
+        self.queue = {turn_log.turn_id: Turn(self, turn_log.turn_id, log=turn_log)
+                      for turn_log in unfinished if turn_log.is_queued}
+        self.state.delete_messages(self.queue)
+        broken = [turn_log for turn_log in unfinished if not turn_log.is_queued]
         start_thread("recovery", self._recover, broken)
         start_thread("sync", self._sync_logs)
 
     def _recover(self, broken):
         """The recovery thread: end what an earlier engine did not, one turn after the other."""
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
+            stack.callback(self.start_next)
             stack.callback(self.prune)
             stack.callback(self.recovered.set)
             for turn_log in reversed(broken):
@@ -4325,7 +4530,8 @@ class CodexRunner:
         """Stop what is left of a turn that was cut short, and give its log an ending."""
         logger.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
         try:
-            left = TurnProcesses.from_saved(turn_log.header).stop()
+            left = "queued_at" not in turn_log.header and TurnProcesses.from_saved(
+                turn_log.header).stop()
             if left:
                 logger.error("turn %d: this can't be stopped: %s", turn_log.turn_id, ", ".join(
                     "pid %d (%s)" % (each["pid"], each["command"]) for each in left))
@@ -4357,30 +4563,108 @@ class CodexRunner:
         with self.lock:
             return self.current is not None
 
-    def start_turn(self, message, options, key=None, fingerprint=None):
-        """Start a turn on the current thread, or find the one that `key` started: its TurnLog.
+    def send(self, options, key=None, fingerprint=None):
+        """Start a turn with the message, or do what its `when_busy` says, or find the turn that
+        `key` belongs to: its TurnLog, and where in it the message cut in, or None.
 
-        Raises HTTPError 409 (one is in progress), 422 (the key belongs to another body), 503, and
-        400 for what this version of Codex can't do.
+        Raises HTTPError 404 (no such thread), 409 (a turn is in progress), 422 (the key belongs to
+        another body), 429 (the queue is full), 503, and 400 for what this Codex can't do.
         """
         while True:
             known = self.replay(key, fingerprint)
             if known:
-                return known
+                return known, None
+            self._check_thread(options.thread_id(None))
             with explained("The turn can't be started", "send it again"), self.lock:
-                if key in self.keys:        # just now
+                if key in self.keys or key in self.steers:      # just now
                     continue
-                self._check_free()
-                turn = self.current = Turn(self, self.latest + 1, self._thread(), message, options)
-                self.latest = turn.id
-                if key is not None:
+                if self.current and options.when_busy == "steer":
+                    turn, steer = self.current, self._steer(options, key)
+                else:
+                    turn, steer = self._new_turn(options, key, fingerprint), None
+                waits = turn.id in self.queue
+            if steer:
+                return turn.log, self._await_steer(turn, steer, key, fingerprint)
+            if waits:
+                self._enqueue(turn)
+            else:
+                turn.start()
+            return turn.log_once_started(), None
+
+    def _check_thread(self, thread_id):
+        """Raise HTTPError 404 if it is the id of a thread that Codex doesn't have here."""
+        if thread_id and not self.rollouts.find(thread_id):
+            raise HTTPError(404, "No such thread", "Codex has no rollout of %s here: see "
+                            "GET /codex/threads" % thread_id)
+
+    def _await_steer(self, turn, steer, key, fingerprint):
+        """Where in the turn's log the Steer's event comes.  Raises HTTPError 409."""
+        steer.answered.wait()
+        with self.lock:
+            if key is not None:
+                del self.steers[key]
+                if not steer.refusal:
                     self.keys[key] = (turn.id, fingerprint)
-            turn.start()
-            return turn.log_once_started()
+        steer.settled.set()
+        if steer.refusal:
+            raise HTTPError(409, "The message did not reach the turn in progress", steer.refusal,
+                            turn_id=turn.id)
+        return steer.offset
+
+    def _enqueue(self, turn):
+        """Put a message that waits on the disk, before anybody is told that it does."""
+        log = problem = None
+        try:
+            with explained("The message can't be queued", "make room: see REPLICAS_ENGINE_STATE"):
+                log = self.state.create_queued(turn.id, turn.options.saved(),
+                                               self._with_key(turn, turn.header()))
+        except Exception as error:          # whatever it is, nobody may wait for it for ever
+            problem = not_startable(error)
+        with self.lock:
+            turn.log, turn.problem, turn.options = log, problem, None
+            is_cancelled = turn.id not in self.queue
+            if log:
+                self.logs[turn.id] = log
+            else:
+                self.queue.pop(turn.id, None)
+                self._forget_keys(turn.id)
+            turn.ready.set()
+        if log and is_cancelled:
+            turn.end_unstarted()
+        self.start_next()
+
+    def start_next(self):
+        """Let the first message that waits have its turn, if it is time."""
+        with self.lock:
+            turn = next(iter(self.queue.values()), None)
+            if not (turn and turn.ready.is_set() and self.recovered.is_set()) or (
+                    self.current or self.closing):
+                return
+            self.current = self.queue.pop(turn.id)
+        turn.start()
+
+    def cancel(self, turn_id=None):
+        """Take that turn's message, or every one, out of the queue: how many that were."""
+        self.recovered.wait()
+        with self.lock:
+            turns, count = self._take_out(turn_id)
+        for turn in turns:
+            turn.end_unstarted()
+        self.start_next()
+        return count
+
+    def waiting(self):
+        """The Turns whose messages wait, the next one first."""
+        with self.lock:
+            return [turn for turn in self.queue.values() if turn.ready.is_set()]
 
     def replay(self, key, fingerprint):
         """The TurnLog of the turn that `key` started, or None.  Raises HTTPError 422 and 503."""
         self.recovered.wait()
+        with self.lock:
+            steer = self.steers.get(key)
+        if steer:
+            steer.settled.wait()
         with self.lock:
             turn_id, known = self.keys.get(key, (None, fingerprint))
             turn = self._in_progress(turn_id)
@@ -4402,7 +4686,7 @@ class CodexRunner:
         Raises HTTPError 404, 503, and what kept Codex from starting if it was just about to.
         """
         with self.lock:
-            wanted, turn_id = turn_id, self.latest if turn_id is None else turn_id
+            wanted, turn_id = turn_id, self._newest() if turn_id is None else turn_id
             turn_log = self.logs.get(turn_id)
             turn = self._in_progress(turn_id)
         if turn:
@@ -4446,7 +4730,7 @@ class CodexRunner:
         return turn.id if turn and not turn.problem and turn.progress.terminal is None else None
 
     def reset(self):
-        """Stop the turn in progress and forget the thread.  Raises HTTPError 503, and 500 as
+        """Stop the turn in progress and those that wait, and forget the thread.  Raises HTTPError 503, and 500 as
         `interrupt` does, when the thread is forgotten."""
         turn = self._stop_current("interrupted", forget=True)
         try:
@@ -4466,6 +4750,9 @@ class CodexRunner:
         with contextlib.suppress(HTTPError):
             self._finish_left()
         self._closed.set()
+        for turn in self.waiting():
+            turn.log.leave()
+            turn.alarm.close()
         self.state.close()
 
     def stop(self, turn, code):
@@ -4475,12 +4762,17 @@ class CodexRunner:
         turn.alarm.ring()
 
     def _stop_current(self, code, forget=False):
-        """Stop the turn in progress and wait for its end: the Turn, or None if there was none."""
+        """Stop the turn in progress and wait for its end: the Turn, or None if there was none.  To
+        `forget` is to empty the queue and leave the thread."""
         self.recovered.wait()
+        waiting = []
         with self.lock:
             turn = self.current
             if forget:
                 self.reset_at = (self.latest, None)
+                waiting, _ = self._take_out()
+        for each in waiting:
+            each.end_unstarted()
         if turn:
             self.stop(turn, code)
             turn.over.wait()
@@ -4495,19 +4787,62 @@ class CodexRunner:
             return self.newest_log.thread_id
         return thread_id
 
-    def _check_free(self):
-        """Raise HTTPError unless a turn may start."""
+    def _newest(self):
+        """The id of the newest turn that was started, or 0."""
+        turn = self.current or self.newest_log
+        return 0 if turn is None else turn.id if turn is self.current else turn.turn_id
+
+    def _new_turn(self, options, key, fingerprint):
+        """A Turn, the one in progress or in the queue.  Raises HTTPError and OSError."""
         if self.closing:
             raise HTTPError(503, "The engine is shutting down", "send it again in some seconds",
                             [("Retry-After", "5")])
-        if self.current:
+        busy = self.current or next(iter(self.queue.values()), None)
+        if busy and options.when_busy != "queue":
             raise HTTPError(409, "A turn is already in progress",
-                            "wait for its end, follow it with GET /codex/events, or stop it with "
-                            "POST /codex/interrupt", turn_id=self.current.id)
+                            "wait for its end, follow it with GET /codex/events, stop it with "
+                            "POST /codex/interrupt, or send with when_busy", turn_id=busy.id)
+        if len(self.queue) >= MAX_QUEUED:
+            raise HTTPError(429, "The queue is full", "%d messages wait: send it again when a turn "
+                            "is over, or see DELETE /codex/queue" % MAX_QUEUED)
+        turn = Turn(self, self.latest + 1, options)
+        self.latest = turn.id
+        if key is not None:
+            self.keys[key] = (turn.id, fingerprint)
+        if busy:
+            self.queue[turn.id] = turn
+        else:
+            self.current = turn
+        return turn
+
+    def _steer(self, options, key):
+        """A Steer of the turn in progress.  Raises HTTPError 409."""
+        if options.images:
+            raise HTTPError(409, "A turn is already in progress", "images can't cut into it",
+                            turn_id=self.current.id)
+        steer = Steer(options.message)
+        if key is not None:
+            self.steers[key] = steer
+        self.current.steer(steer)
+        return steer
+
+    def _take_out(self, turn_id=None):
+        """Take a turn, or every one, out of the queue: those to be ended, and how many in all; who
+        writes one that isn't ready yet will end it."""
+        turns = [turn for turn in self.queue.values() if turn_id in (None, turn.id)]
+        for turn in turns:
+            del self.queue[turn.id]
+        return [turn for turn in turns if turn.ready.is_set()], len(turns)
+
+    def _forget_keys(self, turn_id):
+        """The turn's key may be used again."""
+        self.keys = {key: value for key, value in self.keys.items() if value[0] != turn_id}
 
     def _in_progress(self, turn_id):
-        """The Turn with the id, if it is the one in progress."""
-        return self.current if self.current and self.current.id == turn_id else None
+        """The Turn with the id, if it is the one in progress or waits."""
+        if self.current and self.current.id == turn_id:
+            return self.current
+        return self.queue.get(turn_id)
 
     # For a turn's thread, as the turn goes on
 
@@ -4527,13 +4862,20 @@ class CodexRunner:
         return codex
 
     def create_log(self, turn):
-        """The turn's TurnLog.  Raises OSError."""
-        header = turn.header()
+        """The turn's TurnLog, now that its Codex is there.  Raises OSError."""
+        header = self._with_key(turn, turn.header())
+        if turn.log:
+            turn.log.begin(header)
+            return turn.log
+        return self.state.create_log(turn.id, header)
+
+    def _with_key(self, turn, header):
+        """A log's header with the turn's key."""
         with self.lock:
             for key, (turn_id, fingerprint) in self.keys.items():
                 if turn_id == turn.id:
                     header.update(key=key, fingerprint=fingerprint)
-        return self.state.create_log(turn.id, header)
+        return header
 
     def started(self, turn):
         """Codex has its prompt, and the turn is on the disk."""
@@ -4547,11 +4889,11 @@ class CodexRunner:
             turn.log.discard()
         with self.lock:
             self.current = None
-            self.latest -= 1
+            if self.latest == turn.id:      # else another one waits behind it
+                self.latest -= 1
             self.reset_at = (min(self.reset_at[0], self.latest), self.reset_at[1])
-            self.keys = {key: value for key, value in self.keys.items() if value[0] != turn.id}
-        logger.error("turn %d could not be started: %s: %s", turn.id, turn.problem.body["error"],
-                     turn.problem.body.get("details"))
+            self._forget_keys(turn.id)
+        self.start_next()
 
     def finish_log(self, turn_log, ending, before_publishing=lambda: None):
         """Give a log its ending, now or when the disk takes it."""
@@ -4568,6 +4910,7 @@ class CodexRunner:
             with self.lock:
                 self.logs.pop(turn_log.turn_id, None)
                 self.unfinished.pop(turn_log.turn_id, None)
+            self.state.delete_message(turn_log.turn_id)
 
     def _finish_left(self):
         """Write the endings that a log could not take.  Raises HTTPError 503."""
@@ -4587,6 +4930,7 @@ class CodexRunner:
                 return
             self.current = None
         self._tell()
+        self.start_next()
 
     def _tell(self):
         """Call on_change."""
@@ -4605,7 +4949,7 @@ class CodexRunner:
         with self.lock:
             if turn_id in self.logs:
                 return False
-            self.keys = {key: value for key, value in self.keys.items() if value[0] != turn_id}
+            self._forget_keys(turn_id)
             return True
 
 
@@ -4807,13 +5151,16 @@ class Application:
             ("GET", "/codex/events", self.events),
             ("GET", "/codex/turns", self.turns),
             ("GET", "/codex/turns/N", self.turn),
+            ("GET", "/codex/queue", self.queue),
+            ("DELETE", "/codex/queue", self.cancel),
+            ("DELETE", "/codex/queue/N", self.cancel),
             ("POST", "/codex/interrupt", self.interrupt),
             ("GET", "/codex/history", self.history),
             ("GET", "/codex/status", self.status),
             ("POST", "/codex/reset", self.reset),
             # OPTIONS * (RFC 9110, 9.3.7), which has no path
             ("OPTIONS", "", lambda request: Response([], 204, [
-                ("Allow", "GET, HEAD, OPTIONS, POST")])),
+                ("Allow", "DELETE, GET, HEAD, OPTIONS, POST")])),
         )
 
     def open(self):
@@ -4899,27 +5246,38 @@ class Application:
         if key is not None and not 1 <= len(key) <= 255:
             raise bad_parameter("Idempotency-Key", "must be 1 to 255 characters long")
         turn_log = self.runner.replay(key, fingerprint)     # whose image may be gone by now
+        offset = None
         if turn_log is None:
-            options = TurnOptions(body, self.settings)
-            turn_log = self.runner.start_turn(message, options, key, fingerprint)
+            turn_log, offset = self.runner.send(TurnOptions(body, self.settings), key, fingerprint)
         try:
             if prefers_async(request):
-                summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
-                           "status": turn_summary(turn_log)["status"]}
-                response = json_response(summary, 202, [("Preference-Applied", "respond-async")])
+                response = json_response(self._accepted(turn_log, offset), 202,
+                                         [("Preference-Applied", "respond-async")])
             else:
-                response = event_stream(request, turn_log, turn_log.start)
+                response = event_stream(request, turn_log, offset or turn_log.start)
         except HTTPError as error:          # which must not read as if nothing had been started
             raise HTTPError(error.status, error.body["error"], "turn %d was started, see GET "
                             "/codex/events: %s" % (turn_log.turn_id, error.body["details"]),
                             turn_id=turn_log.turn_id) from None
-        response.headers += self._ignored_keys(body)
+        response.headers += self._ignored_keys(body, offset is not None)
         return response
 
+    def _accepted(self, turn_log, offset):
+        """What is said at once of a message; `offset` is where it cut in, or None."""
+        if offset is not None:
+            return {"turn_id": turn_log.turn_id, "status": "steered"}
+        summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
+                   "status": turn_summary(turn_log)["status"]}
+        for position, turn in enumerate(self.runner.waiting(), 1):
+            if turn.id == turn_log.turn_id:
+                summary.update(thread_id=self.runner.thread_id, position=position)
+        return summary
+
     @staticmethod
-    def _ignored_keys(body):
+    def _ignored_keys(body, is_steered):
         """A header that names the body's keys that mean nothing: one may be misspelt."""
-        unknown = set(body) - {"message"} - {option.key for option in TURN_OPTIONS}
+        unknown = set(body) - {"message", "when_busy"} - (
+            {option.key for option in TURN_OPTIONS} if not is_steered else set())
         names = [name for name in sorted(unknown) if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)]
         return [("X-Replicas-Ignored-Keys", ", ".join(names[:20]))] if names else []
 
@@ -4981,13 +5339,44 @@ class Application:
             return json_response(result)
         raise NoSuchTurn("turn %d is no longer kept" % turn_id)
 
+    # GET and DELETE /codex/queue, DELETE /codex/queue/N
+
+    def queue(self, request):
+        """The messages that wait, the next one first."""
+        return Response(self._queued(self.runner.waiting()), 200,
+                        [("Content-Type", "application/json")])
+
+    def _queued(self, turns):
+        """The answer in pieces: 32 messages of 32 MiB are a lot of memory."""
+        begin = b'{"turns":['
+        for position, turn in enumerate(turns, 1):
+            try:
+                message = self.runner.state.load_message(turn.id)["message"]
+            except (OSError, ValueError):   # it has begun
+                continue
+            yield begin + json_bytes({"turn_id": turn.id, "position": position, "message": message,
+                                      "queued_at": turn.log.header.get("queued_at")})
+            begin = b","
+        yield (b"" if begin == b"," else begin) + b"]}"
+
+    def cancel(self, request):
+        """Take a message, or every one, out of the queue."""
+        last = request.path.rpartition("/")[2]
+        turn_id = int(last[:15]) if last.isdecimal() else None
+        count = self.runner.cancel(turn_id)
+        if turn_id is not None and not count:
+            raise HTTPError(404, "Not in the queue", "turn %d doesn't wait: see GET /codex/queue, "
+                            "and POST /codex/interrupt for the turn in progress" % turn_id)
+        return json_response({"success": True, "cancelled": count})
+
     # POST /codex/interrupt
 
     def interrupt(self, request):
         """Stop the turn in progress."""
         turn_id = self.runner.interrupt()
-        return json_response({"success": True, "interrupted": turn_id is not None,
-                              "turn_id": turn_id})
+        answer = {"success": True, "interrupted": turn_id is not None, "turn_id": turn_id}
+        waiting = len(self.runner.waiting())
+        return json_response(dict(answer, queued=waiting) if waiting else answer)
 
     # GET /codex/history
 

@@ -193,26 +193,27 @@ def test_deltas_are_joined_and_have_an_end(world):
     assert types(turn)[2:] == ["item.completed", "item.completed", "turn.completed"]
 
 
-def steer_once(message, **more):
-    """Have the message cut in at the first delta."""
-    sent = []
+def steer_once(message):
+    """Have the message cut in at the first delta: the Steer, and what `live` takes."""
+    steer, sent = driver.Steer(message), []
 
     def on_event(turn, event):
         if event["type"] == "item.delta" and not sent:
             sent.append(True)
-            turn.write(turn.driver.steer(message))
-    return dict(on_event=on_event, **more)
+            turn.write(turn.driver.steer(steer))
+    return steer, on_event
 
 
 def test_a_steer_is_taken_or_refused(world):
+    steer, on_event = steer_once("on")
     if world.version == "0.98.0":
-        turn = world.live({"begin": "half"}, {"sleep": 1}, {"complete": True}, **steer_once("on"))
-        assert "unknown variant `turn/steer`" in turn.driver.steer_answers[0][1]
+        turn = world.live({"begin": "half"}, {"sleep": 1}, {"complete": True}, on_event=on_event)
+        assert "unknown variant `turn/steer`" in steer.refusal
         assert "turn.steered" not in types(turn)
     else:
         turn = world.live({"begin": "half"}, {"wait_for_steer": True}, {"complete": True},
-                          **steer_once("on"))
-        assert turn.driver.steer_answers == [("on", None)]
+                          on_event=on_event)
+        assert steer.answered.is_set() and steer.refusal is None
         assert types(turn)[2:] == ["turn.steered", "item.completed", "turn.completed"]
 
 
@@ -222,11 +223,15 @@ def test_the_ending_waits_for_a_steers_answer(world):
     for answer, kinds in (({"result": {}}, ["turn.steered", "turn.completed"]),
                           ({"error": {"code": -1, "message": "too late"}}, ["turn.completed"])):
         world.behave(turn_steer=[{"wait_for": path}, {"answer": answer}])
+        steer, on_event = steer_once("on")
         turn = world.live({"begin": "half"}, {"sleep": 1}, {"complete": True}, {"touch": path},
-                          **steer_once("on"))
+                          on_event=on_event)
         assert types(turn)[2:] == kinds and turn.status == 0
+        assert steer.answered.is_set() and bool(steer.refusal) == ("error" in answer)
         os.unlink(path)
     world.behave(turn_steer=[{"wait_for": path}, {"exit": 5}])
+    steer, on_event = steer_once("on")
     turn = world.live({"begin": "half"}, {"sleep": 1}, {"complete": True}, {"touch": path},
-                      **steer_once("on"))
-    assert types(turn)[2:] == ["turn.completed"] and turn.driver.steer_answers == []
+                      on_event=on_event)
+    assert types(turn)[2:] == ["turn.completed"] and not steer.answered.is_set()
+    assert list(turn.driver.steers.values()) == [steer]

@@ -423,22 +423,21 @@ def said(number, text):
 def test_a_message_cuts_in(world):
     world.new_workspace()
     turn = LiveTurn(world, directives("stream 50", "begin one two three", "hang"))
-    sent = []
+    steer, sent = driver.Steer(directives("say steered")), []
 
-    def steer(turn, event):
+    def cut_in(turn, event):
         if event["type"] == "item.delta" and not sent:
             sent.append(True)
-            turn.write(turn.driver.steer(directives("say steered")))
+            turn.write(turn.driver.steer(steer))
             if world.version == "0.98.0":
                 turn.write(turn.driver.interrupt())
-    events = turn.run(steer)
-    answers = turn.driver.steer_answers
-    assert [message for message, _ in answers] == [directives("say steered")]
+    events = turn.run(cut_in)
+    assert steer.answered.is_set()
     if world.version == "0.98.0":
-        assert "turn/steer" in answers[0][1] and events[-1]["type"] == "turn.failed"
+        assert "turn/steer" in steer.refusal and events[-1]["type"] == "turn.failed"
         assert "turn.steered" not in [event["type"] for event in events]
     else:
-        assert answers[0][1] is None
+        assert steer.refusal is None
         assert without_deltas(events)[2:4] == [
             {"type": "turn.steered", "message": directives("say steered")},
             {"type": "item.completed", "item": said(1, "steered")}]
