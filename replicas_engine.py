@@ -5373,9 +5373,9 @@ class Application:
 
     def interrupt(self, request):
         """Stop the turn in progress."""
+        waiting = len(self.runner.waiting())
         turn_id = self.runner.interrupt()
         answer = {"success": True, "interrupted": turn_id is not None, "turn_id": turn_id}
-        waiting = len(self.runner.waiting())
         return json_response(dict(answer, queued=waiting) if waiting else answer)
 
     # GET /codex/history

@@ -1,0 +1,294 @@
+"""Messages that wait for their turn: in order, once, and over every restart."""
+
+import contextlib
+import os
+import random
+import threading
+import time
+
+import pytest
+
+from harness import check_stream, read_events, script, wait_for
+from test_recovery import small_disk    # noqa: F401, a fixture
+
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
+ASYNC = {"Prefer": "respond-async"}
+
+
+def queue(engine, message, headers=ASYNC, **options):
+    return engine.request("POST", "/codex/send", dict(options, message=message, when_busy="queue"),
+                          headers)
+
+
+def put(engine, message, **options):
+    """Queue a message: its turn's id."""
+    answer = queue(engine, message, **options)
+    assert answer.status == 202, answer.body
+    return answer.json()["turn_id"]
+
+
+def gated(gate, name="new"):
+    """A message whose turn ends when the file `gate` is there."""
+    return script({"thread": name}, {"wait_for": str(gate)}, {"complete": True})
+
+
+def waiting(engine):
+    return [turn["turn_id"] for turn in engine.get("/codex/queue").json()["turns"]]
+
+
+def result(engine, turn, wait=60):
+    return engine.get("/codex/turns/%d?wait=%d" % (turn, wait)).json()
+
+
+def code_of(engine, turn):
+    return check_stream(engine.events(turn))[-2].json()["error"]["code"]
+
+
+@pytest.fixture
+def busy(engine, tmp_path):
+    """An engine with a turn in progress, 1, and the file that ends it."""
+    engine.gate = tmp_path / "gate"
+    engine.start_turn(gated(engine.gate))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    return engine
+
+
+def test_messages_run_in_their_order(busy):
+    answers = [queue(busy, "message %d" % number).json() for number in range(3)]
+    thread_id = busy.status()["thread_id"]
+    assert answers == [{"turn_id": 2 + n, "thread_id": thread_id, "status": "queued",
+                        "position": 1 + n} for n in range(3)]
+    listed = busy.get("/codex/queue").json()["turns"]
+    assert [(turn["turn_id"], turn["position"], turn["message"]) for turn in listed] == [
+        (2, 1, "message 0"), (3, 2, "message 1"), (4, 3, "message 2")]
+    assert all(turn["queued_at"].endswith("Z") for turn in listed)
+    assert result(busy, 3, wait=0)["status"] == "queued"
+    assert busy.status()["turn"]["id"] == 1
+    busy.gate.touch()
+    for turn in (2, 3, 4):
+        assert result(busy, turn)["status"] == "completed"
+    assert busy.prompts()[1:] == ["message 0", "message 1", "message 2"]
+    assert waiting(busy) == []
+    assert all(event.json()["thread_id"] == thread_id for turn in (1, 2, 3, 4)
+               for event in busy.events(turn)[:1])         # each on the thread that is current then
+    assert sorted(os.listdir(os.path.join(busy.state, "turns"))) == [
+        "1.log", "2.log", "3.log", "4.log"]
+
+
+def test_the_stream_begins_when_the_turn_does(busy):
+    connection, response = busy.open("POST", "/codex/send",
+                                     {"message": "Say this", "when_busy": "queue"})
+    with contextlib.closing(connection):
+        assert response.status == 200 and response.headers["X-Replicas-Turn-Id"] == "2"
+        assert response.readline() == b": keep-alive\n"
+        busy.gate.touch()
+        events = check_stream(list(read_events(response)))
+    assert events == busy.events(2) and events[-2].type == "turn.completed"
+
+
+def test_where_nothing_is_in_progress_it_starts_at_once(engine):
+    answer = queue(engine, "Go").json()
+    assert answer["status"] == "running" and "position" not in answer
+
+
+def test_none_overtakes(busy):
+    put(busy, "first")
+    assert busy.post("/codex/send", {"message": "no"}).status == 409
+    busy.gate.touch()
+    assert result(busy, 2)["status"] == "completed"
+
+
+def test_it_may_be_full(busy):
+    for number in range(32):
+        put(busy, "message")
+    answer = queue(busy, "one more")
+    assert answer.status == 429 and "32" in answer.json()["details"]
+    assert len(waiting(busy)) == 32
+    assert busy.request("DELETE", "/codex/queue").json() == {"success": True, "cancelled": 32}
+    assert put(busy, "one more") == 34
+
+
+def test_a_message_is_taken_out(busy):
+    for number in range(3):
+        put(busy, "message %d" % number)
+    with contextlib.closing(busy.connect()) as connection:
+        connection.request("GET", "/codex/events?turn=3",
+                           headers={"X-Replicas-Engine-Secret": busy.env["REPLICAS_ENGINE_SECRET"]})
+        response = connection.getresponse()
+        assert busy.request("DELETE", "/codex/queue/3").json() == {"success": True, "cancelled": 1}
+        events = check_stream(list(read_events(response)))
+    assert [event.type for event in events] == ["error", "turn.failed", "done"]
+    assert events[1].json()["error"]["code"] == "cancelled"
+    for path in ("/codex/queue/3", "/codex/queue/1", "/codex/queue/77"):
+        answer = busy.request("DELETE", path)
+        assert answer.status == 404 and "doesn't wait" in answer.json()["details"]
+    failed = result(busy, 3, wait=0)
+    assert failed["status"] == "failed" and failed["started_at"] is None
+    busy.gate.touch()
+    assert result(busy, 4)["status"] == "completed"
+    assert busy.prompts()[1:] == ["message 0", "message 2"]
+    thread_id = busy.status()["thread_id"]
+    assert waiting(busy.restart()) == [] and busy.status()["thread_id"] == thread_id
+    assert busy.request("GET", "/codex/queue/4").status == 405
+    assert busy.request("DELETE", "/codex/turns/4").status == 405
+
+
+def test_a_cancelled_one_is_not_the_thread(engine, tmp_path):
+    """Nor after a restart, when its log is the newest."""
+    engine.start_turn(gated(tmp_path / "gate"))
+    put(engine, "never")
+    wait_for(lambda: engine.status()["thread_id"])
+    thread_id = engine.status()["thread_id"]
+    engine.request("DELETE", "/codex/queue/2")
+    (tmp_path / "gate").touch()
+    assert result(engine, 1)["status"] == "completed"
+    assert engine.status()["turn"]["id"] == 1
+    engine.restart()
+    assert engine.status()["thread_id"] == thread_id and engine.status()["turn"]["id"] == 1
+    assert engine.send("on")[0].id == "3.1"
+
+
+def test_an_interrupt_leaves_the_queue_and_a_reset_empties_it(busy, tmp_path):
+    put(busy, gated(tmp_path / "second"))
+    put(busy, "third")
+    assert busy.post("/codex/interrupt").json() == {
+        "success": True, "interrupted": True, "turn_id": 1, "queued": 2}
+    wait_for(lambda: busy.status()["turn"]["id"] == 2)
+    wait_for(lambda: busy.status()["turn"]["last_event_id"])
+    assert waiting(busy) == [3]
+    assert busy.post("/codex/reset").status == 200
+    assert code_of(busy, 2) == "interrupted" and code_of(busy, 3) == "cancelled"
+    assert busy.status()["thread_id"] is None and waiting(busy) == []
+    first = busy.send("anew")[0]
+    assert first.id == "4.1" and busy.status()["thread_id"] == first.json()["thread_id"]
+
+
+def test_options_images_and_key_outlive_a_restart(busy):
+    image = os.path.join(busy.workspace, "pixel.gif")
+    with open(image, "wb") as file:
+        file.write(b"GIF89a image")
+    answer = queue(busy, "look ✅ \ud800", {"Prefer": "respond-async", "Idempotency-Key": "k"},
+                   model="gpt-9", images=["pixel.gif", PIXEL])
+    again = queue(busy, "look ✅ \ud800", {"Prefer": "respond-async", "Idempotency-Key": "k"},
+                  model="gpt-9", images=["pixel.gif", PIXEL])
+    assert answer.json()["turn_id"] == again.json()["turn_id"] == 2
+    assert again.json()["position"] == 1
+    os.unlink(image)
+    mark = busy.open("GET", "/codex/events?turn=2")
+    mark[0].close()
+    busy.kill()
+    busy.start()
+    assert result(busy, 2)["status"] == "completed"
+    call = busy.calls()[-1]
+    assert busy.prompts()[-1] == "look ✅ \ufffd" and "--model=gpt-9" in call["argv"]
+    assert call["argv"].count("--image") == 2
+    after = queue(busy, "look ✅ \ud800", {"Idempotency-Key": "k"}, model="gpt-9",
+                  images=["pixel.gif", PIXEL])
+    assert after.headers["X-Replicas-Turn-Id"] == "2"
+    assert after.headers["X-Replicas-Turn-Mark"] == mark[1].headers["X-Replicas-Turn-Mark"]
+    assert code_of(busy, 1) == "engine_restarted"
+
+
+def test_a_shutdown_keeps_them(busy):
+    put(busy, "wait")
+    connection, response = busy.open("GET", "/codex/events?turn=2")
+    with contextlib.closing(connection):
+        response.readline()
+        assert busy.stop() == 0
+        assert list(read_events(response)) == []
+    busy.start()
+    assert code_of(busy, 1) == "shutdown"
+    assert result(busy, 2)["status"] == "completed"
+
+
+def test_one_that_cannot_be_started_fails_and_says_why(busy):
+    for number in range(2):
+        put(busy, "message %d" % number)
+    os.rename(busy.workspace, busy.workspace + ".away")
+    busy.gate.touch()
+    for turn in (2, 3):
+        failed = result(busy, turn)
+        assert failed["error"]["code"] == "not_started" and failed["status"] == "failed"
+        assert "workspace directory is missing" in failed["error"]["message"]
+    os.rename(busy.workspace + ".away", busy.workspace)
+    assert busy.send("on")[0].id == "4.1"
+    assert len(busy.calls()) == 2
+    assert "turn 3 could not be started: The workspace directory is missing" in busy.log()
+
+
+def test_a_turn_that_cannot_be_started_before_one_that_waits(engine, tmp_path):
+    """Its id isn't given to another."""
+    os.rename(engine.workspace, engine.workspace + ".away")
+    answers = []
+
+    def send():
+        answers.append(queue(engine, "x"))
+    threads = [threading.Thread(target=send) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    started = [answer.json()["turn_id"] for answer in answers if answer.status == 202]
+    assert len(set(started)) == len(started)
+    assert all(answer.status in (202, 503) for answer in answers)
+    for turn in started:
+        assert result(engine, turn)["error"]["code"] == "not_started"
+    assert engine.calls() == []
+    os.rename(engine.workspace + ".away", engine.workspace)
+    assert int(engine.send("on")[0].id.partition(".")[0]) > max(started, default=0)
+
+
+def test_what_an_engine_left_while_it_wrote(engine):
+    """A message without a log was never answered; a log without a message says that it is gone."""
+    engine.stop()
+    turns = os.path.join(engine.state, "turns")
+    with open(os.path.join(turns, "5.message"), "w") as file:
+        file.write("{")
+    with open(os.path.join(turns, "6.log"), "wb") as file:
+        file.write((b': {"turn":6,"queued_at":"2026-01-01T00:00:00.000Z","mark":"ab"}'
+                    .ljust(4094)) + b"\n\n" + bytes(1000))
+    engine.start()
+    failed = result(engine, 6)
+    assert failed["error"]["code"] == "not_started"
+    assert "can't be read" in failed["error"]["message"]
+    assert sorted(os.listdir(turns)) == ["6.log"]
+    assert engine.send("on")[0].id == "7.1"
+
+
+def test_a_full_disk_queues_nothing(small_disk, tmp_path):  # noqa: F811
+    engine, disk = small_disk
+    gate = str(tmp_path / "gate")
+    engine.start_turn(gated(gate))
+    answer = queue(engine, "x" * 500000)
+    assert answer.status == 503 and "can't be queued" in answer.json()["error"]
+    assert waiting(engine) == []
+    assert os.listdir(os.path.join(engine.state, "turns")) == ["1.log"]
+    assert put(engine, "small") == 3
+    open(gate, "w").close()
+    assert result(engine, 3)["status"] == "completed"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_any_moment(engine, seed):
+    """Each of the messages runs once, in order, and the cancelled one never."""
+    chance = random.Random(seed)
+    for number in range(8):
+        first = put(engine, script({"thread": "resume"}, {"sleep": 0.02}, {"complete": True}))
+        turns = [put(engine, "round %d message %d" % (number, n)) for n in range(4)]
+        cancelled = engine.request("DELETE", "/codex/queue/%d" % turns[2]).status == 200
+        time.sleep(chance.uniform(0, 0.25))     # when it is killed, which no test waits for
+        engine.kill()
+        engine.start()
+        for turn in turns:
+            assert result(engine, turn)["status"] != "queued"
+        for n, turn in enumerate(turns):
+            begun = engine.prompts().count("round %d message %d" % (number, n))
+            events = check_stream(engine.events(turn))
+            if n == 2 and cancelled:
+                assert begun == 0 and events[-2].json()["error"]["code"] == "cancelled"
+            else:                           # it may have been killed before Codex read it
+                code = (events[-2].json().get("error") or {}).get("code")
+                assert begun == 1 or begun == 0 and code == "engine_restarted", (turn, begun)
+        assert result(engine, first)["status"] in ("completed", "failed")
+    order = [prompt for prompt in engine.prompts() if prompt.startswith("round")]
+    assert order == sorted(order) and len(order) == len(set(order))
