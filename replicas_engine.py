@@ -1491,16 +1491,21 @@ class EventStream:
     when there is nothing to send yet: that brings the response's head to the client.  Another one
     goes out once when the client `may_be_gone`: one that closed and one that only ended its half
     look alike until something is sent.
+
+    With `next_log` it goes on: that is called with a turn's id and seconds to wait, and gives the
+    TurnLog of the turn behind it, or None if there is none yet.  Then `turn_log` may be None, too.
     """
 
-    def __init__(self, turn_log, offset, may_be_gone=lambda: False):
+    def __init__(self, turn_log, offset, may_be_gone=lambda: False, next_log=None):
         """Raises HTTPError as TurnLog.open_file does."""
         self.log = turn_log
         self.may_be_gone = may_be_gone
+        self.next_log = next_log
         self.has_probed = False
+        self.turn_id = 0                    # of the last turn that is done, while there is no log
         self.offset = offset
         self.next_comment = 0.0
-        self.file = turn_log.open_file()
+        self.file = turn_log and turn_log.open_file()
 
     def __iter__(self):
         return self
@@ -1509,7 +1514,7 @@ class EventStream:
         """Events, or a comment, or b"" after a while without either."""
         data = self._read()
         if data is None:
-            self.log.wait(self.offset, CLIENT_CHECK_INTERVAL)
+            self._wait()
             data = self._read()
         now = time.monotonic()
         if data:
@@ -1525,6 +1530,8 @@ class EventStream:
     def _read(self):
         """What there is to send, or None if there is nothing yet.  A stream that can't go on ends
         without `done`, so that its client comes back."""
+        if self.log is None:
+            return None if self.next_comment else b""
         over = self.log.finished or self.log.left   # looked at first: no event comes after it
         try:
             data = self.log.read(self.file, self.offset, STREAM_SIZE)
@@ -1532,16 +1539,33 @@ class EventStream:
             logger.error("turn %d: a stream ends early: its log can't be read: %s",
                          self.log.turn_id, getattr(error, "strerror", "MemoryError"))
             raise StopIteration from None
-        if not data:
-            if over:
-                raise StopIteration
-            return None if self.next_comment else b""
-        self.offset += len(data)
-        return data
+        if data:
+            self.offset += len(data)
+            return data
+        if over and (self.next_log is None or self.log.left):
+            raise StopIteration
+        if over:
+            self.turn_id, self.log = self.log.turn_id, None
+            self.file.close()
+        return None if self.next_comment else b""
+
+    def _wait(self):
+        """Wait for an event or a turn, CLIENT_CHECK_INTERVAL at most."""
+        if self.log:
+            self.log.wait(self.offset, CLIENT_CHECK_INTERVAL)
+            return
+        try:
+            turn_log = self.next_log(self.turn_id, CLIENT_CHECK_INTERVAL)
+            if turn_log:
+                self.file, self.offset = turn_log.open_file(), turn_log.start
+                self.log = turn_log
+        except HTTPError:                   # the engine ends, or the log is in no order
+            raise StopIteration from None
 
     def close(self):
         """For the server, when it is done with the stream (PEP 3333)."""
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def check_room_for_stream(request):
@@ -1551,16 +1575,21 @@ def check_room_for_stream(request):
                         "or waiting: see REPLICAS_ENGINE_MAX_CONNECTIONS", [("Retry-After", "5")])
 
 
-def event_stream(request, turn_log, offset):
-    """The response with a turn's stream from `offset` on.  Raises HTTPError."""
+def turn_mark(turn_log):
+    """What tells a turn from one with the same id in another state directory."""
+    return hashlib.sha256(str(turn_log.header.get("mark")).encode()).hexdigest()[:16]
+
+
+def event_stream(request, turn_log, offset, next_log=None):
+    """The response with a turn's stream from `offset` on; see EventStream.  Raises HTTPError."""
     may_be_gone = request.environ.get("replicas_engine.may_be_gone", lambda: False)
-    mark = hashlib.sha256(str(turn_log.header.get("mark")).encode()).hexdigest()[:16]
     # The charset is for clients that else read text as ISO-8859-1 (Python's requests); no-transform
     # keeps the compression of Express, Next.js and the like from holding the events back.
-    return Response(EventStream(turn_log, offset, may_be_gone), 200, [
+    return Response(EventStream(turn_log, offset, may_be_gone, next_log), 200, [
         ("Content-Type", EVENT_STREAM),
-        ("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no"),
-        ("X-Replicas-Turn-Id", str(turn_log.turn_id)), ("X-Replicas-Turn-Mark", mark)])
+        ("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")] + ([
+            ("X-Replicas-Turn-Id", str(turn_log.turn_id)),
+            ("X-Replicas-Turn-Mark", turn_mark(turn_log))] if turn_log else []))
 
 
 def _outcome(kind, event):
@@ -4468,9 +4497,11 @@ class CodexRunner:
         self.last_failure = None            # why the newest turn failed, if it did
         # Guards what follows; never held while anything is waited for.
         self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)       # there is a new log, or the engine ends
         self.current = None                 # the Turn in progress, its start and its end included
         self.queue = {}                     # id -> Turn that waits, the next one first
         self.latest = 0                     # the id of the newest turn
+        self.logged = 0                     # the id of the newest turn that has a log
         self.newest_log = None              # the TurnLog of the newest turn that was started
         self.reset_at = (0, None)           # (turn id, thread id): what the thread is up to a turn
         self.logs = {}                      # id -> TurnLog of the turns whose log isn't finished
@@ -4502,6 +4533,7 @@ class CodexRunner:
         logs, newest = self.state.load_logs()
         self.reset_at = self.state.load_reset(newest)
         self.latest = max(newest, self.reset_at[0])     # that turn's log may have been lost
+        self.logged = newest
         for turn_log in logs:
             if turn_log.header.get("key"):
                 self.keys[turn_log.header["key"]] = (turn_log.turn_id,
@@ -4624,7 +4656,7 @@ class CodexRunner:
             turn.log, turn.problem, turn.options = log, problem, None
             is_cancelled = turn.id not in self.queue
             if log:
-                self.logs[turn.id] = log
+                self._has_log(turn)
             else:
                 self.queue.pop(turn.id, None)
                 self._forget_keys(turn.id)
@@ -4705,6 +4737,23 @@ class CodexRunner:
         except OSError as error:
             raise unavailable("The turn's log can't be read", error.strerror) from None
 
+    def next_log(self, turn_id, seconds):
+        """The log of the first kept turn behind that one, or None if none comes in `seconds`.
+        Raises HTTPError 503 when the engine ends."""
+        with self.lock:
+            self.changed.wait_for(lambda: self.logged > turn_id or self.closing, seconds)
+            if self.closing and self.logged <= turn_id:
+                raise unavailable("The engine is shutting down", "come back in some seconds")
+        with explained("The turns can't be listed", "come back"):
+            behind = [kept for kept in self.state.turn_ids() if kept > turn_id]
+        for wanted in behind:
+            with contextlib.suppress(NoSuchTurn):
+                return self.turn_log(wanted)
+        if self.logged > turn_id:           # it is no longer kept: wait for another
+            with self.lock:
+                self.changed.wait(seconds)
+        return None
+
     def results(self, wanted, with_message=False):
         """The results of the kept turns `wanted`, a list of ids, newest first.  Raises HTTPError.
         """
@@ -4746,6 +4795,7 @@ class CodexRunner:
         """Take no more turns and give the one in progress its ending; what it ran is stopped."""
         with self.lock:
             self.closing = True
+            self.changed.notify_all()
         self._stop_current("shutdown")
         with contextlib.suppress(HTTPError):
             self._finish_left()
@@ -4834,6 +4884,12 @@ class CodexRunner:
             del self.queue[turn.id]
         return [turn for turn in turns if turn.ready.is_set()], len(turns)
 
+    def _has_log(self, turn):
+        """A turn has a log that isn't finished; whoever waits for one goes on."""
+        self.logs[turn.id] = turn.log
+        self.logged = max(self.logged, turn.id)
+        self.changed.notify_all()
+
     def _forget_keys(self, turn_id):
         """The turn's key may be used again."""
         self.keys = {key: value for key, value in self.keys.items() if value[0] != turn_id}
@@ -4880,7 +4936,8 @@ class CodexRunner:
     def started(self, turn):
         """Codex has its prompt, and the turn is on the disk."""
         with self.lock:
-            self.logs[turn.id] = self.newest_log = turn.log
+            self._has_log(turn)
+            self.newest_log = turn.log
         self._tell()
 
     def not_started(self, turn):
@@ -5308,14 +5365,21 @@ class Application:
             if turn_id not in (None, wanted):
                 raise bad_parameter(name, "%s is of another turn than turn=%d" % (position, wanted))
             turn_id = wanted
-        turn_log = self.runner.turn_log(turn_id)
+        follows = bool(whole_number(query, "follow", most=1))
+        next_log = self.runner.next_log if follows else None
+        try:
+            turn_log = self.runner.turn_log(turn_id)
+        except NoSuchTurn:
+            if turn_id is None and follows:
+                return event_stream(request, None, 0, next_log)
+            raise
         offset = turn_log.offset_after(number)
         if offset is None:
             raise bad_parameter(name, "%s names an event that turn %d does not have"
                                 % (position, turn_log.turn_id))
-        if turn_log.finished and number == turn_log.last:
+        if turn_log.finished and number == turn_log.last and not follows:
             return Response([], 204, [("Content-Type", EVENT_STREAM)])     # httpx-sse asks for it
-        return event_stream(request, turn_log, offset)
+        return event_stream(request, turn_log, offset, next_log)
 
     # GET /codex/turns and GET /codex/turns/N
 
