@@ -64,6 +64,7 @@ import faulthandler
 import fcntl
 import functools
 import hashlib
+import heapq
 import hmac
 import io
 import itertools
@@ -203,12 +204,13 @@ def is_regular(path):
 def open_regular(path, buffering=-1):
     """Open a regular file to read from it, whatever else may lie there.  Raises OSError, and
     ValueError if it is something else."""
-    file = open(path, "rb", buffering,
-                opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()
-    raise ValueError("%s is not a regular file" % path)
+    with contextlib.ExitStack() as stack:   # which closes it if it can't be looked at, either
+        file = stack.enter_context(open(
+            path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("%s is not a regular file" % path)
+        stack.pop_all()
+    return file
 
 
 def flock_owner(file):
@@ -544,7 +546,7 @@ def log_request(level, text):
 SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
 ENGINE_SETTINGS = tuple("REPLICAS_ENGINE_" + name for name in (
     "SECRET", "SANDBOX", "MODEL", "IDLE_TIMEOUT", "TURN_TIMEOUT", "STATE", "MAX_BODY",
-    "MAX_CONNECTIONS", "MAX_HISTORY", "DELTAS"))
+    "MAX_CONNECTIONS", "MAX_HISTORY", "DELTAS", "WEBHOOK_URL", "WEBHOOK_SECRET"))
 SECRET_LENGTH = "REPLICAS_ENGINE_SECRET_LENGTH"     # for --check, which shall not have the secret
 SETUP = "/usr/sbin/replicas-engine-setup"           # is there if the engine was installed
 
@@ -696,7 +698,7 @@ class Settings:
                 raise SettingsError("%s has a NUL character in it" % _shown(name))
         self.home = get("HOME") or _home_of_user()
         self.is_service = "STATE_DIRECTORY" in self.env and os.path.exists(SETUP)
-        self.secret = self._secret()
+        self.secret = self._secret("REPLICAS_ENGINE_SECRET")
         self.secret_length = len(self.secret or "") or self._number(SECRET_LENGTH, 0)
         self.host = get("HOST")
         self.port = self._number("PORT", 3737, most=65535)
@@ -713,6 +715,8 @@ class Settings:
         self.max_body = self._number("REPLICAS_ENGINE_MAX_BODY", 32 * 1024 * 1024, least=1)
         self.max_connections = self._number("REPLICAS_ENGINE_MAX_CONNECTIONS", 256, least=1)
         self.max_history = self._number("REPLICAS_ENGINE_MAX_HISTORY", 4 * 1024 ** 3, least=1)
+        self.webhook_secret = self._secret("REPLICAS_ENGINE_WEBHOOK_SECRET")
+        self.webhook_url = self._webhook_url()
 
     @classmethod
     def from_process(cls):
@@ -725,13 +729,29 @@ class Settings:
         """What to do: in words, or with the options of the installed service's setup."""
         return "sudo replicas-engine-setup" + options if self.is_service else by_hand
 
-    def _secret(self):
-        """The secret as bytes, as it comes in a header, or None."""
-        secret = os.fsencode(self.env.get("REPLICAS_ENGINE_SECRET", "")).strip()
+    def _secret(self, name):
+        """A secret as bytes, as it comes in a header, or None."""
+        secret = os.fsencode(self.env.get(name, "")).strip()
         if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", secret):
-            raise SettingsError("REPLICAS_ENGINE_SECRET has a control character in it, "
-                                "which no HTTP header can carry")
+            raise SettingsError("%s has a control character in it, which no HTTP header can carry"
+                                % name)
         return secret or None
+
+    def _webhook_url(self):
+        """Where to tell of turns that are over, as urllib.parse splits it, or None."""
+        text = self.env.get("REPLICAS_ENGINE_WEBHOOK_URL", "").strip()
+        if bool(text) != bool(self.webhook_secret):
+            raise SettingsError("REPLICAS_ENGINE_WEBHOOK_URL and REPLICAS_ENGINE_WEBHOOK_SECRET "
+                                "go together: set both or neither")
+        try:
+            url = urllib.parse.urlsplit(text)
+            fit = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:
+            fit = False
+        if text and (not fit or "@" in url.netloc or not re.fullmatch(r"[!-~]+", text)):
+            raise SettingsError("REPLICAS_ENGINE_WEBHOOK_URL is not the URL of an http or https "
+                                "server, without user and blanks")
+        return url if text else None
 
     def _number(self, name, default, least=0, most=2 ** 53):
         """A whole number within bounds."""
@@ -2262,16 +2282,21 @@ def existing_rollout(plain):
     return next(filter(is_regular, (plain, plain + ".zst")), None)
 
 
+def begun_at(thread_id):
+    """When a thread began, by its id, in seconds since the epoch: a UUIDv7 begins with its creation
+    time in ms (RFC 9562, 5.7).  None for another one."""
+    match = re.match(r"([0-9a-f]{8})-([0-9a-f]{4})-7", thread_id, re.IGNORECASE)
+    return match and int(match.group(1) + match.group(2), 16) / 1000
+
+
 def likely_days(thread_id):
     """The folders of the day on which the thread began, and of its neighbours.
 
-    A UUIDv7 begins with its creation time in ms (RFC 9562, 5.7).  Codex names the folder in its
-    local time, which is at most a day off UTC.
+    Codex names the folder in its local time, which is at most a day off UTC.
     """
-    match = re.match(r"([0-9a-f]{8})-([0-9a-f]{4})-7", thread_id, re.IGNORECASE)
-    if not match:
+    seconds = begun_at(thread_id)
+    if seconds is None:
         return []
-    seconds = int(match.group(1) + match.group(2), 16) / 1000
     days = [time.gmtime(seconds + shift * 86400) for shift in (0, -1, 1)]
     return ["%04d/%02d/%02d" % day[:3] for day in days]
 
@@ -2354,7 +2379,6 @@ class RolloutReader:
     def __init__(self, path):
         self.path = path
         self.file = open_regular(path, buffering=0)
-        self.stat = os.fstat(self.file.fileno())
         self.end = 0
 
     def unpack(self, max_size):
@@ -2441,6 +2465,39 @@ class RolloutReader:
         self.file.close()
 
 
+ROLLOUT_NAME = re.compile(r"rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-([0-9A-Za-z][0-9A-Za-z_-]{0,127})"
+                          r"\.jsonl(?:\.zst)?")
+MAX_ROLLOUT_HEAD = 1024 * 1024             # bytes in which a thread's first message is looked for
+MAX_FIRST_MESSAGE = 2000                   # characters
+
+
+def first_message(file):
+    """The first message of the user in an open rollout, behind its first line, or None."""
+    for line in iter(lambda: file.readline(MAX_ROLLOUT_HEAD), b""):
+        if b'"user_message"' in line:
+            message = (json_object(line.decode()).get("payload") or {}).get("message")
+            return message[:MAX_FIRST_MESSAGE] if isinstance(message, str) else None
+        if file.tell() > MAX_ROLLOUT_HEAD:
+            break
+    return None
+
+
+def thread_summary(thread_id, path):
+    """What GET /codex/threads says of the thread with that rollout.  Raises OSError, and ValueError
+    if it isn't one that Codex wrote."""
+    with open_regular(path) as file:
+        begun = begun_at(thread_id)
+        summary = {"thread_id": thread_id, "created_at": begun and timestamp(begun),
+                   "updated_at": timestamp(os.fstat(file.fileno()).st_mtime),
+                   "session_file": path, "first_message": None}
+        if not path.endswith(".zst"):       # what is in those is not worth a process each
+            meta = json_object(file.readline(MAX_ROLLOUT_HEAD).decode())
+            if meta.get("type") != "session_meta":
+                raise ValueError("its first line is another one")
+            summary.update(created_at=meta.get("timestamp"), first_message=first_message(file))
+    return summary
+
+
 class Rollouts:
     """Finds the threads' rollout files under `codex_home`, and finds them again when moved."""
 
@@ -2475,11 +2532,41 @@ class Rollouts:
                     return existing_rollout(plain)
         return None
 
+    def threads(self, limit, before=None):
+        """The summaries of at most `limit` threads, the newest first, of those that began before
+        the thread `before`.  What can't be read is left out.  Raises HTTPError 404."""
+        end, found = None, {}
+        if before is not None:
+            path = self.find(before)
+            if path is None:
+                raise HTTPError(404, "No such thread", "Codex has no rollout of %s here" % before)
+            end = os.path.basename(path)
+        archived = self._names([self.archive])
+        for name, path in heapq.merge(self._names(self._days()), archived, reverse=True):
+            thread_id = ROLLOUT_NAME.fullmatch(name).group(1)
+            if len(found) == limit:
+                break
+            if thread_id not in found and (end is None or name < end and thread_id != before):
+                with contextlib.suppress(OSError, ValueError, RecursionError):
+                    found[thread_id] = thread_summary(thread_id, path)
+        return list(found.values())
+
+    @staticmethod
+    def _names(folders):
+        """(name, path) of the rollouts in the folders, the last name of each first."""
+        for folder in folders:
+            for name in sorted(filter(ROLLOUT_NAME.fullmatch, list_folder(folder)), reverse=True):
+                yield name, os.path.join(folder, name)
+
     def _folders(self, thread_id):
         """Every folder in which the rollout may be, the likely ones first."""
         for day in likely_days(thread_id):
             yield os.path.join(self.sessions, day)
         yield self.archive
+        yield from self._days()
+
+    def _days(self):
+        """The folders of all days, the last one first."""
         for year in sorted(list_folder(self.sessions), reverse=True):
             for month in sorted(list_folder(os.path.join(self.sessions, year)), reverse=True):
                 days = os.path.join(self.sessions, year, month)
@@ -2552,8 +2639,9 @@ class HistoryQuery:
 def entity_tag(reader, request):
     """A weak validator (RFC 9110, 8.8.1), since what is sent may be compressed."""
     query = request.environ.get("QUERY_STRING", "")
-    identity = "%s %s %d %d %d" % (reader.path, query, reader.stat.st_ino, reader.stat.st_size,
-                                   reader.stat.st_mtime_ns)
+    status = os.fstat(reader.file.fileno())
+    identity = "%s %s %d %d %d" % (reader.path, query, status.st_ino, status.st_size,
+                                   status.st_mtime_ns)
     return 'W/"%s"' % hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
@@ -4269,6 +4357,7 @@ class StateDirectory:
 
         lock            locked while an engine works with the directory
         turns/7.log     a kept turn, see TurnLog
+        turns/7.told    the webhook knows of the turns up to this one
         turns/7.reset   the thread was reset when turn 7 was the newest: that is behind it
         turns/7.files/  what Codex takes as a file only, while turn 7 runs
         turns/7.message what the client sent, if it has to wait, until turn 7 is over
@@ -4279,7 +4368,7 @@ class StateDirectory:
     What is broken, or no regular file, costs only itself: it gets .broken behind its name.
     """
 
-    NAME = re.compile(r"(0|[1-9][0-9]{0,14})\.(log|reset|message)((?:\.broken)*)")
+    NAME = re.compile(r"(0|[1-9][0-9]{0,14})\.(log|reset|message|told)((?:\.broken)*)")
 
     def __init__(self, path):
         self.path = path
@@ -4431,11 +4520,30 @@ class StateDirectory:
 
     def write_reset(self, turn_id, thread_id=None):
         """Note what the thread is behind that turn.  Raises OSError."""
+        self._write_mark("%d.reset" % turn_id, (thread_id or "").encode())
+
+    def _write_mark(self, name, text=b""):
+        """Have the disk hold a small file.  Raises OSError."""
         make_folder(self.turns)
-        path = os.path.join(self.turns, "%d.reset" % turn_id)
+        path = os.path.join(self.turns, name)
         make_way(path)
-        write_synced(path, (thread_id or "").encode())
+        write_synced(path, text)
         sync_directory(self.turns)
+
+    def told(self):
+        """The newest turn that the webhook knows of, or None.  Raises OSError."""
+        marks = self._entries("told")
+        return marks[-1][0] if marks else None
+
+    def write_told(self, turn_id):
+        """Note that the webhook knows of the turns up to that one, or of none (None).  Raises
+        OSError."""
+        old = self._entries("told")
+        if turn_id is not None:
+            self._write_mark("%d.told" % turn_id)
+        for number, path in old:
+            if number != turn_id:
+                self._delete(path)
 
     def delete_old(self, may_delete):
         """Delete the oldest turns above MAX_KEPT_TURNS and MAX_KEPT_BYTES, but for the newest and
@@ -4461,6 +4569,138 @@ class StateDirectory:
             delete_folder(path)
         except OSError as error:
             logger.error("%s can't be deleted: %s", path, error.strerror)
+
+
+# ---------------------------------------------------------------------------------------------
+# Webhook
+# ---------------------------------------------------------------------------------------------
+# One thread, which tells an URL of one finished turn after the other, each until it is taken.  What
+# was told is a mark beside the turns' logs; all else is read from them.
+
+WEBHOOK_PATIENCE = 10.0                    # seconds that a try may take
+WEBHOOK_PAUSE, WEBHOOK_FACTOR = 1.0, 5     # seconds until a second try, and how the pause grows
+MAX_WEBHOOK_PAUSE = 900.0                  # seconds
+MAX_WEBHOOK = 512 * 1024                   # bytes of a body
+
+
+def webhook_body(result):
+    """The body that tells of a turn: `result` as GET /codex/turns/N has it, cut to MAX_WEBHOOK."""
+    result = dict(result)
+    while True:
+        body = json_bytes({"event": "turn.finished", "turn": result})
+        message = result.get("final_message")
+        if len(body) <= MAX_WEBHOOK:
+            return body
+        if message:                         # of control characters, for instance, six bytes each
+            result.update(final_message=message[:len(message) // 2], final_message_truncated=True)
+        else:                               # Codex said a lot else
+            result.update(usage=None, turn_usage=None,
+                          error=result["error"] and {"message": message_of(result["error"])})
+
+
+class Webhook:
+    """Tells REPLICAS_ENGINE_WEBHOOK_URL of the turns that are over, in their order."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.url = runner.settings.webhook_url
+        self.secret = runner.settings.webhook_secret
+        self.wake = threading.Event()       # there may be something to tell
+        self.last_error = None              # why the last try failed, if it did
+        self._closed = threading.Event()
+
+    def start(self):
+        """Begin, with the turns that end from now on if there was no webhook before.  Raises
+        OSError."""
+        if self.runner.state.told() is None:
+            self.runner.state.write_told(self.runner.first_unfinished() - 1)
+        start_thread("webhook", self._run)
+
+    def close(self):
+        """Begin no other try."""
+        self._closed.set()
+        self.wake.set()
+
+    def pending(self):
+        """The ids of the turns that are over and to be told, the next one first.  Raises OSError.
+        """
+        first, told = self.runner.first_unfinished(), self.runner.state.told() or 0
+        return [turn_id for turn_id in self.runner.state.turn_ids() if told < turn_id < first]
+
+    def status(self):
+        """What GET /codex/status says of it."""
+        with contextlib.suppress(OSError):
+            return {"pending": len(self.pending()), "last_error": self.last_error}
+        return {"pending": None, "last_error": self.last_error}
+
+    def _run(self):
+        """The thread: one turn after the other."""
+        failures = 0
+        while not self._closed.is_set():
+            self.wake.clear()
+            try:
+                told = self._tell_next()
+                failures, self.last_error = 0, None
+            except Exception as error:      # whatever it is, it is tried again
+                told, self.last_error = False, str(error) or type(error).__name__
+                pause = min(WEBHOOK_PAUSE * WEBHOOK_FACTOR ** min(failures, 9), MAX_WEBHOOK_PAUSE)
+                failures += 1
+                logger.warning("the webhook could not be told of a turn: %s; again in %g s",
+                               self.last_error, pause)
+                self._closed.wait(pause)
+                continue
+            if not told:
+                self.wake.wait()
+
+    def _tell_next(self):
+        """Tell of the next turn; False if there is none.  Raises all kinds of exceptions."""
+        pending = self.pending()
+        if not pending:
+            return False
+        with contextlib.suppress(NoSuchTurn):   # it is no longer kept
+            turn_log = self.runner.turn_log(pending[0])
+            for result in self.runner.results([turn_log.turn_id], with_message=True):
+                self._post(webhook_body(result), "%s.%d" % (turn_mark(turn_log), turn_log.turn_id))
+        self.runner.state.write_told(pending[0])
+        return True
+
+    def _post(self, body, key):
+        """One try.  Raises OSError, ValueError and HTTPException."""
+        import http.client                  # most engines have no webhook
+        url = self.url
+        if url.scheme == "https":
+            import ssl
+            connection = http.client.HTTPSConnection(
+                url.hostname, url.port, timeout=WEBHOOK_PATIENCE,
+                context=ssl.create_default_context())
+        else:
+            connection = http.client.HTTPConnection(url.hostname, url.port,
+                                                    timeout=WEBHOOK_PATIENCE)
+        timer = threading.Timer(WEBHOOK_PATIENCE, self._give_up, (connection,))
+        timer.daemon = True
+        timer.start()
+        try:
+            target = (url.path or "/") + ("?" + url.query if url.query else "")
+            connection.request("POST", target, body, {
+                "Content-Type": "application/json", "Idempotency-Key": key,
+                "User-Agent": "replicas-engine/%s" % __version__,
+                "X-Replicas-Signature": "sha256=%s" % hmac.new(
+                    self.secret, body, hashlib.sha256).hexdigest()})
+            status = connection.getresponse().status
+            if not timer.is_alive():        # what there was of a head passes for a whole one
+                raise TimeoutError("it takes longer than %g s" % WEBHOOK_PATIENCE)
+        finally:
+            timer.cancel()
+            connection.close()
+        if not 200 <= status < 300:         # a redirect isn't followed
+            raise ValueError("it answered %d" % status)
+
+    @staticmethod
+    def _give_up(connection):
+        """End a try that takes too long in all, if it has come as far as to be connected."""
+        if connection.sock:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4494,6 +4734,7 @@ class CodexRunner:
         self.started_at = timestamp()
         self.recovered = threading.Event()  # what an earlier engine left is in order
         self.on_change = lambda: None       # called when a turn has begun or ended
+        self.webhook = Webhook(self) if settings.webhook_url else None
         self.last_failure = None            # why the newest turn failed, if it did
         # Guards what follows; never held while anything is waited for.
         self.lock = threading.Lock()
@@ -4548,6 +4789,10 @@ class CodexRunner:
         broken = [turn_log for turn_log in unfinished if not turn_log.is_queued]
         start_thread("recovery", self._recover, broken)
         start_thread("sync", self._sync_logs)
+        if self.webhook:
+            self.webhook.start()
+        elif self.state.told() is not None:     # when there is one again, it begins anew
+            self.state.write_told(None)
 
     def _recover(self, broken):
         """The recovery thread: end what an earlier engine did not, one turn after the other."""
@@ -4737,6 +4982,12 @@ class CodexRunner:
         except OSError as error:
             raise unavailable("The turn's log can't be read", error.strerror) from None
 
+    def first_unfinished(self):
+        """The id of the first turn that isn't over, or of the one that comes next."""
+        with self.lock:
+            current = [self.current.id] if self.current else []
+            return min([*current, *self.queue, *self.logs], default=self.latest + 1)
+
     def next_log(self, turn_id, seconds):
         """The log of the first kept turn behind that one, or None if none comes in `seconds`.
         Raises HTTPError 503 when the engine ends."""
@@ -4800,6 +5051,8 @@ class CodexRunner:
         with contextlib.suppress(HTTPError):
             self._finish_left()
         self._closed.set()
+        if self.webhook:
+            self.webhook.close()
         for turn in self.waiting():
             turn.log.leave()
             turn.alarm.close()
@@ -4968,6 +5221,8 @@ class CodexRunner:
                 self.logs.pop(turn_log.turn_id, None)
                 self.unfinished.pop(turn_log.turn_id, None)
             self.state.delete_message(turn_log.turn_id)
+            if self.webhook:
+                self.webhook.wake.set()
 
     def _finish_left(self):
         """Write the endings that a log could not take.  Raises HTTPError 503."""
@@ -5187,6 +5442,9 @@ MAX_WAIT = 300                             # seconds that a request for a result
 WARNING_INTERVAL = 60.0                    # seconds between two warnings of refused secrets
 
 
+DEFAULT_THREADS, MAX_THREADS = 50, 1000    # of an answer
+
+
 class Application:
     """The HTTP API as a WSGI application (PEP 3333), for any WSGI server with threads.
 
@@ -5208,6 +5466,7 @@ class Application:
             ("GET", "/codex/events", self.events),
             ("GET", "/codex/turns", self.turns),
             ("GET", "/codex/turns/N", self.turn),
+            ("GET", "/codex/threads", self.threads),
             ("GET", "/codex/queue", self.queue),
             ("DELETE", "/codex/queue", self.cancel),
             ("DELETE", "/codex/queue/N", self.cancel),
@@ -5403,6 +5662,17 @@ class Application:
             return json_response(result)
         raise NoSuchTurn("turn %d is no longer kept" % turn_id)
 
+    # GET /codex/threads
+
+    def threads(self, request):
+        """Codex's threads on this machine, newest first."""
+        query = request.query()
+        limit = whole_number(query, "limit", least=1, most=MAX_THREADS) or DEFAULT_THREADS
+        before = query.get("before")
+        if before is not None and thread_id_of({"thread_id": before}) is None:
+            raise bad_parameter("before", "must be the id of a thread")
+        return json_response({"threads": self.runner.rollouts.threads(limit, before)})
+
     # GET and DELETE /codex/queue, DELETE /codex/queue/N
 
     def queue(self, request):
@@ -5455,7 +5725,7 @@ class Application:
         """How everything is, at once."""
         runner = self.runner
         thread_id = runner.thread_id
-        return json_response({
+        status = {
             "has_active_thread": thread_id is not None,
             "thread_id": thread_id,
             "session_file": runner.rollouts.find(thread_id) if thread_id else None,
@@ -5463,7 +5733,10 @@ class Application:
             "turn": self._turn(),
             "codex": self._codex(),
             "engine": {"version": __version__, "started_at": runner.started_at},
-            "problems": self.problems.find()})
+            "problems": self.problems.find()}
+        if runner.webhook:
+            status["webhook"] = runner.webhook.status()
+        return json_response(status)
 
     def _turn(self):
         """The newest turn, or None."""
