@@ -203,12 +203,13 @@ def is_regular(path):
 def open_regular(path, buffering=-1):
     """Open a regular file to read from it, whatever else may lie there.  Raises OSError, and
     ValueError if it is something else."""
-    file = open(path, "rb", buffering,
-                opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()
-    raise ValueError("%s is not a regular file" % path)
+    with contextlib.ExitStack() as stack:   # which closes it if it can't be looked at, either
+        file = stack.enter_context(open(
+            path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("%s is not a regular file" % path)
+        stack.pop_all()
+    return file
 
 
 def flock_owner(file):
@@ -2354,7 +2355,6 @@ class RolloutReader:
     def __init__(self, path):
         self.path = path
         self.file = open_regular(path, buffering=0)
-        self.stat = os.fstat(self.file.fileno())
         self.end = 0
 
     def unpack(self, max_size):
@@ -2552,8 +2552,9 @@ class HistoryQuery:
 def entity_tag(reader, request):
     """A weak validator (RFC 9110, 8.8.1), since what is sent may be compressed."""
     query = request.environ.get("QUERY_STRING", "")
-    identity = "%s %s %d %d %d" % (reader.path, query, reader.stat.st_ino, reader.stat.st_size,
-                                   reader.stat.st_mtime_ns)
+    status = os.fstat(reader.file.fileno())
+    identity = "%s %s %d %d %d" % (reader.path, query, status.st_ino, status.st_size,
+                                   status.st_mtime_ns)
     return 'W/"%s"' % hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
