@@ -34,7 +34,7 @@ class FaultyEngine(harness.Engine):
         self.plan = os.path.join(str(folder), "plan")
         super().__init__(folder, FAULTS=self.plan, **env)
 
-    def connect(self, timeout=10.0):        # what is lost on the way is asked for again
+    def connect(self, timeout=30.0):        # what is lost on the way is asked for again
         return super().connect(timeout)
 
     def fail(self, **plan):
@@ -73,7 +73,7 @@ class Client:
         self.done = False
         self.answers = []
 
-    def run(self, patience=20.0):
+    def run(self, patience=harness.PATIENCE):
         """Whether it was `done` in time."""
         deadline = time.monotonic() + patience
         while not self.done and time.monotonic() < deadline:
