@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -349,6 +350,16 @@ def descriptors_of(pid="self"):
         with contextlib.suppress(FileNotFoundError):    # such as that of the listing itself
             found[int(number)] = os.readlink(os.path.join(folder, number))
     return found
+
+
+def free_port():
+    """A port of 127.0.0.1 that is free, and below those that the kernel gives to whoever asks for
+    any (ip(7)): it stays free until it is used."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def raw(port, data, timeout=PATIENCE, half_close=False):

@@ -12,7 +12,8 @@ import threading
 import pytest
 
 from conftest import unavailable
-from harness import PATIENCE, ROOT, SECRET, TESTS, parse_events, read_events, script, wait_for
+from harness import (PATIENCE, ROOT, SECRET, TESTS, free_port, parse_events, read_events, script,
+                     wait_for)
 
 END = b'["end"]'
 PROGRAMS = os.path.join(TESTS, "client_programs")
@@ -293,9 +294,7 @@ def test_a_shared_cache_hands_nothing_out_without_the_secret(engine, tmp_path, s
     """nginx, which is told to keep for 10 minutes whatever doesn't forbid it."""
     if not os.path.exists(NGINX):
         unavailable("there is no nginx: see tests/run")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "nginx.conf").write_text(NGINX_CONF.format(folder=tmp_path, port=port,
                                                            engine=engine.port))
     nginx, printed = start([NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")])

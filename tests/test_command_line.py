@@ -233,8 +233,7 @@ def test_a_host_that_is_none(make_engine, host):
 def test_without_standard_error(make_engine):
     """What is opened first must not become standard error, where the log goes."""
     engine = make_engine(start=False)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        engine.port = free.getsockname()[1]
+    engine.port = harness.free_port()
     engine.env["PORT"] = str(engine.port)
     engine.process = subprocess.Popen(
         ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"] + engine.program, env=engine.env,
@@ -316,8 +315,7 @@ def test_development_logs_more(make_engine):
 def start_with_log(make_engine, log_fd):
     """An engine whose log goes to the descriptor, once it answers."""
     engine = make_engine(start=False)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        engine.port = free.getsockname()[1]
+    engine.port = harness.free_port()
     engine.env["PORT"] = str(engine.port)
     engine.process = subprocess.Popen([sys.executable, harness.MODULE], env=engine.env,
                                       cwd=engine.folder, stderr=log_fd)

@@ -113,6 +113,7 @@ def test_a_signal_in_each_phase_of_a_turn(engine, tmp_path, phase, number):
     engine.process.send_signal(number)
     refused = 0
     while engine.process.poll() is None:        # no new turn meanwhile
+        assert time.monotonic() - begin < harness.PATIENCE
         with contextlib.suppress(OSError, http.client.HTTPException):
             answer = engine.post("/codex/send", {"message": "Hello"})
             if answer.status != 409:            # the signal may not have been seen yet
@@ -120,7 +121,6 @@ def test_a_signal_in_each_phase_of_a_turn(engine, tmp_path, phase, number):
                 refused += 1
         time.sleep(0.02)
     assert engine.process.returncode == 0
-    assert time.monotonic() - begin < 10 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
     assert refused or phase == "in a stream of events"
     streams = [reader.result() for reader in readers]
     assert all(stream == streams[0] for stream in streams)

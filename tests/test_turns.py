@@ -270,20 +270,21 @@ ITEM = {"id": "item_0", "type": "command_execution", "command": "make", "status"
 
 
 def test_a_turn_that_stalls(make_engine):
-    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="1")
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="5")
     events = engine.send(script(BEGIN, HANG))
     assert [event.type for event in events] == ["thread.started", "error", "turn.failed", "done"]
     assert events[2].json()["error"]["code"] == "stalled"
-    assert "1 seconds" in events[2].json()["error"]["message"]
+    assert "5 seconds" in events[2].json()["error"]["message"]
     assert engine.status()["turn"]["status"] == "failed"
     assert not is_alive(engine.calls()[-1]["pid"])
-    engine.send(script(BEGIN, {"count": {"n": 8, "pause": 0.3}}, {"complete": True}))
+    events = engine.send(script(BEGIN, {"count": {"n": 12, "pause": 0.6}}, {"complete": True}))
+    assert events[-2].type == "turn.completed"
 
 
 def test_an_item_in_progress_holds_off_the_stall(make_engine):
-    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="1")
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="5")
     events = engine.send(script(
-        BEGIN, {"event": {"type": "item.started", "item": ITEM}}, {"sleep": 2.5},
+        BEGIN, {"event": {"type": "item.started", "item": ITEM}}, {"sleep": 7},
         {"event": {"type": "item.completed", "item": ITEM}}, {"complete": True}))
     assert events[-2].type == "turn.completed"
     events = engine.send(script(
@@ -297,7 +298,7 @@ def test_an_item_in_progress_holds_off_the_stall(make_engine):
 
 def test_trying_again_is_no_progress(make_engine):
     """With its API out of reach Codex 0.169 says so every minute, and for ever."""
-    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="2")
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="5")
     again = {"event": {"type": "error", "message": "Reconnecting… waiting for the network"}}
     events = engine.send(script(BEGIN, *[again, {"sleep": 0.3}] * 200))
     error = events[-2].json()["error"]
@@ -305,8 +306,9 @@ def test_trying_again_is_no_progress(make_engine):
     assert error["message"].endswith(": Reconnecting… waiting for the network")
     wait_for(lambda: "warning turn 1 ended: stalled" in engine.log())
     assert engine.log().count(error["message"]) == 1
-    engine.send(script(BEGIN, again, {"sleep": 1.5}, {"event": {"type": "item.completed"}}, again,
-                       {"sleep": 1.5}, {"complete": True}))
+    events = engine.send(script(BEGIN, again, {"sleep": 3}, {"event": {"type": "item.completed"}},
+                                again, {"sleep": 3}, {"complete": True}))
+    assert events[-2].type == "turn.completed"
 
 
 def test_a_failed_turn_is_one_warning(engine):
@@ -321,13 +323,13 @@ def test_a_failed_turn_is_one_warning(engine):
 def test_a_pause_of_the_machine_is_no_stall(make_engine, tmp_path):
     """As when a VM is frozen: the engine and Codex stand still, and the clock goes on."""
     engine = make_engine(constants={"LOOK_INTERVAL": 0.2, "PAUSE": 1.0},
-                         REPLICAS_ENGINE_IDLE_TIMEOUT="3", REPLICAS_ENGINE_TURN_TIMEOUT="30")
+                         REPLICAS_ENGINE_IDLE_TIMEOUT="6", REPLICAS_ENGINE_TURN_TIMEOUT="60")
     go_on = str(tmp_path / "go-on")
     turn = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"complete": True}))
     wait_for(lambda: engine.status()["thread_id"])
     for _ in range(2):                      # and twice, since one pause may follow another
         engine.process.send_signal(signal.SIGSTOP)
-        time.sleep(5)
+        time.sleep(7)
         engine.process.send_signal(signal.SIGCONT)
         assert engine.status()["turn"]["status"] == "running"
     open(go_on, "w").close()
@@ -342,7 +344,7 @@ def test_no_stall_where_none_is_wanted(make_engine):
 
 
 def test_a_turn_that_takes_too_long(make_engine):
-    engine = make_engine(REPLICAS_ENGINE_TURN_TIMEOUT="1")
+    engine = make_engine(REPLICAS_ENGINE_TURN_TIMEOUT="5")
     events = engine.send(script(BEGIN, {"event": {"type": "item.started", "item": ITEM}},
                                 {"count": {"n": 5000, "pause": 0.01}}))
     assert events[-2].json()["error"]["code"] == "timeout"
@@ -463,11 +465,15 @@ def resources(engine):
             len(harness.zombies_of(pid)), harness.status_of(pid, "RssAnon"))
 
 
+FEW = 5         # threads or descriptors: what comes and goes in an engine, or late in its start
+
+
 def settled(engine, threads, descriptors):
-    """The memory once threads and descriptors are no more than they were."""
+    """The memory once there are but a FEW more threads and descriptors than there were."""
     def look():
         now = resources(engine)
-        return now if now[0] <= threads and now[1] <= descriptors and not now[2] else None
+        return (now if now[0] <= threads + FEW and now[1] <= descriptors + FEW and not now[2]
+                else None)
     return wait_for(look, "threads and descriptors to go")[3]
 
 
@@ -508,7 +514,7 @@ def test_a_thousand_clients_come_and_go(make_engine, tmp_path):
 
     idle = resources(engine)[0]
     cycles(500)                     # until the memory for as many threads at once is there
-    wait_for(lambda: resources(engine)[0] <= idle)
+    wait_for(lambda: resources(engine)[0] <= idle + FEW)
     threads, descriptors, _, memory = resources(engine)
     cycles(1000)
     assert settled(engine, threads, descriptors) < memory + 3000
@@ -521,7 +527,7 @@ def test_a_hundred_clients_and_one_that_is_dead(make_engine, tmp_path):
     go_on = str(tmp_path / "go-on")
     idle = resources(engine)[0]
     engine.send("Hello")
-    wait_for(lambda: resources(engine)[0] <= idle)
+    wait_for(lambda: resources(engine)[0] <= idle + FEW)
     threads, descriptors, _, memory = resources(engine)
     turn = engine.start_turn(script(BEGIN, {"wait_for": go_on},
                                     {"count": {"n": 300, "size": 20000}}, {"complete": True}))
@@ -570,7 +576,6 @@ def test_many_turns_in_a_row(make_engine, tmp_path):
             assert events[0].id == "%d.1" % turn
 
     turns(1, count // 2)
-    time.sleep(0.1)
     threads, descriptors, _, memory = resources(engine)
     turns(count // 2 + 1, count)
     after = settled(engine, threads, descriptors)
