@@ -12,8 +12,8 @@ import harness
 import replicas_engine
 
 
-def readme():
-    with open(os.path.join(harness.ROOT, "README.md"), encoding="utf-8") as file:
+def readme(folder=""):
+    with open(os.path.join(harness.ROOT, folder, "README.md"), encoding="utf-8") as file:
         return file.read()
 
 
@@ -82,8 +82,11 @@ def test_the_two_commands_are_there():
         assert os.access(os.path.join(harness.ROOT, command), os.X_OK)
 
 
-def test_links_within_the_page_lead_somewhere():
-    headings = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
-                for heading in re.findall(r"^#+ (.*)$", readme(), re.MULTILINE)}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", readme()):
-        assert anchor in headings
+@pytest.mark.parametrize("folder", ["", "packaging"])
+def test_links_lead_somewhere(folder):
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", readme(folder)):
+        assert os.path.exists(os.path.join(harness.ROOT, folder, path))
+        target = os.path.normpath(os.path.join(folder, os.path.dirname(path)))
+        headings = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
+                    for heading in re.findall(r"^#+ (.*)$", readme(target), re.MULTILINE)}
+        assert anchor in headings or not anchor
