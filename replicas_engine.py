@@ -4,7 +4,7 @@
 The way through
     socket -> WSGIServer (a thread a connection) -> WSGIRequestHandler (the connection) -> Answer
            -> Application: secret, Router, handler -> Response -> Answer: bytes out
-    POST /codex/send -> CodexRunner.start_turn -> Turn -> CodexRun (a process) -> TurnLog (a file)
+    POST /codex/send -> CodexRunner.send -> Turn -> CodexRun (a process) -> TurnLog (a file)
     GET /codex/events: any number of EventStreams, each at its own place in that file
 
 A turn is a log: a file that holds the turn's server-sent events just as they go out.  One thread
@@ -14,7 +14,7 @@ ten clients are all that one case.  What else is known of a turn, and which thre
 one, is read from the logs.
 
 Who owns which state
-    CodexRunner  the turn in progress, the logs and idempotency keys of those that were.
+    CodexRunner  the turn in progress, the queue, the logs and idempotency keys of the turns.
     Turn         one message: its log, its deadlines, its ending.  It belongs to the runner and not
                  to the request that started it.
     CodexRun     one Codex process and its pipes; a driver, Exec or AppServer, tells what its lines
@@ -31,6 +31,7 @@ The threads, and what each may touch
     reserve         the same, when no thread can be started for a connection
     problems        at the start: tries out what may keep turns from going well, and warns of it
     recovery        at the start: the turns that an earlier engine did not end
+    webhook         tells an URL of the turns that are over
     sync            has the disk hold the running turn's log, every second
     turn N          turn N, its CodexRun and the end of its log
     stop turn N     waits until turn N is to be stopped, then its processes
@@ -44,10 +45,10 @@ is an orphan, ask Codex for its version, try again with an ending, ring an alarm
 
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Events, Turn log, Event stream and
-results, Processes, Control groups, A turn's processes, Rollouts and history, Codex, Turn options,
+results, Processes, Control groups, A turn's processes, Rollouts, History, Codex, Turn options,
 Driving Codex: exec, The app-server's items, Driving Codex: app-server, Runs of Codex, Progress of a
-turn, Turn, State directory, CodexRunner, Problems, Application, HTTP grammar, Connection and
-bodies, Answer, Request handler, WSGI server, systemd, Check, Command line.
+turn, Turn, State directory, Webhook, CodexRunner, Problems, Application, HTTP grammar, Connection
+and bodies, Answer, Request handler, WSGI server, systemd, Check, Command line.
 
 Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
 setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
@@ -2269,7 +2270,7 @@ def end_leftovers():
 
 
 # ---------------------------------------------------------------------------------------------
-# Rollouts and history
+# Rollouts
 # ---------------------------------------------------------------------------------------------
 # Codex keeps a thread in $CODEX_HOME/sessions/YYYY/MM/DD/rollout-<local time>-<thread id>.jsonl,
 # or later in archived_sessions/, and may compress it to ….jsonl.zst (Codex 0.169).
@@ -2471,12 +2472,24 @@ MAX_ROLLOUT_HEAD = 1024 * 1024             # bytes in which a thread's first mes
 MAX_FIRST_MESSAGE = 2000                   # characters
 
 
+def user_message(payload):
+    """The text of a user's message that a rollout's line has as its payload, or None."""
+    if payload.get("type") == "user_message":               # until 0.98
+        return payload["message"]
+    item = payload["item"]                                  # 0.169
+    return item["type"] == "UserMessage" and "".join(
+        part.get("text", "") for part in item["content"]) or None
+
+
 def first_message(file):
-    """The first message of the user in an open rollout, behind its first line, or None."""
+    """The beginning of the user's first message in an open rollout, behind its first line, or None.
+    """
     for line in iter(lambda: file.readline(MAX_ROLLOUT_HEAD), b""):
-        if b'"user_message"' in line:
-            message = (json_object(line.decode()).get("payload") or {}).get("message")
-            return message[:MAX_FIRST_MESSAGE] if isinstance(message, str) else None
+        if b'"user_message"' in line or b'"UserMessage"' in line:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                text = user_message(json_object(line.decode())["payload"])
+                if isinstance(text, str):
+                    return text[:MAX_FIRST_MESSAGE]
         if file.tell() > MAX_ROLLOUT_HEAD:
             break
     return None
@@ -2573,6 +2586,10 @@ class Rollouts:
                 for day in sorted(list_folder(days), reverse=True):
                     yield os.path.join(days, day)
 
+
+# ---------------------------------------------------------------------------------------------
+# History
+# ---------------------------------------------------------------------------------------------
 
 class HistoryPage:
     """A WSGI body: the answer of `GET /codex/history`, from the line at `begin` on.
@@ -3121,13 +3138,13 @@ class Exec:
     """A turn by way of `codex exec`: the message goes in, and every line that comes is an event.
 
     `arguments` is the command line.  What every driver has: `accepted`, whether the turn was begun;
-    `over`, whether nothing more is to be written, so that standard input is closed; `ended_at`,
-    when the turn ended, while its last events still wait (by time.monotonic); `steers`, those that
-    wait for an answer; `pending_since` and `flush` for events that wait to be joined, `finish` for
-    those that wait for the exit.
+    `begun`, whether its first events have come; `over`, whether nothing more is to be written, so
+    that standard input is closed; `ended_at`, when the turn ended, while its last events still wait
+    (by time.monotonic); `steers`, those that wait for an answer; `pending_since` and `flush` for
+    events that wait to be joined, `finish` for those that wait for the exit.
     """
 
-    accepted = True
+    accepted = begun = True
     over = True                             # but for the message
     needs_key = True                        # in its environment
     pending_since = ended_at = None
@@ -3297,6 +3314,7 @@ class AppServer:
         self.arguments.append("app-server")
         self.thread_id = thread_id
         self.turn_id = None
+        self.begun = False
         self.over = False
         self.ended_at = None
         self.steers = {}                    # id of the request -> Steer
@@ -3463,6 +3481,7 @@ class AppServer:
 
     def _turn_started(self, params):
         """It may come before the answer to turn/start."""
+        self.begun = True
         return self._accept(params["turn"]) + [_event("turn.started")]
 
     def _number(self, item_id):
@@ -3949,9 +3968,11 @@ class Turn:
             self._not_started(error)
 
     def end_unstarted(self, message=STOP_MESSAGES["cancelled"], code="cancelled"):
-        """End it without a run of Codex: it has only waited."""
+        """End it without a run of Codex: it has only waited.  Without its message it never runs,
+        should the disk not take the ending."""
+        self.runner.state.delete_message(self.id)
         self.runner.finish_log(self.log, failure(message, code))
-        self._be_over()
+        self.be_over()
 
     def log_once_started(self):
         """Its log, once Codex was started or the message waits.  Raises HTTPError."""
@@ -3961,10 +3982,9 @@ class Turn:
         return self.log
 
     def steer(self, steer):
-        """Have a Steer answered; to be called with the runner's lock."""
+        """Have a Steer answered, once the alarm is rung; to be called with the runner's lock."""
         if self.steers is not None:
             self.steers.put(steer)
-            self.alarm.ring()
         else:
             steer.answer(TOO_LATE)
 
@@ -4063,7 +4083,7 @@ class Turn:
                 stack.callback(self.end_unstarted, why[:MAX_FAILURE_MESSAGE], "not_started")
             else:
                 self.problem = problem
-                stack.callback(self._be_over)
+                stack.callback(self.be_over)
                 stack.callback(self.ready.set)
                 stack.callback(self.runner.not_started, self)
             stack.callback(self._leave)
@@ -4108,8 +4128,8 @@ class Turn:
         self._publish(self.run.take_events())
 
     def _pass_on_steers(self):
-        """Hand on what is to cut in, when Codex has taken the turn itself."""
-        while self.run.driver.accepted and not self.steers.empty():
+        """Hand on what is to cut in, when Codex has begun with the turn's own message."""
+        while self.run.driver.begun and not self.steers.empty():
             steer = self.steers.get()
             steer.offset = self.log.size
             if self.stop_code or self.progress.terminal:
@@ -4221,7 +4241,7 @@ class Turn:
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
         with contextlib.ExitStack() as stack:           # the last one first
             for step in (self.runner.prune, self.run.processes.discard, reap_orphans, self._release,
-                         self._be_over, self._await_exit, self._finish_log, self._leave,
+                         self.be_over, self._await_exit, self._finish_log, self._leave,
                          self._refuse_steers, self._give_up_pending):
                 stack.callback(step)
 
@@ -4267,7 +4287,7 @@ class Turn:
     def _await_exit(self):
         """No other turn starts while a Codex of this one lives."""
         if not self.run.exited.is_set():
-            self._be_over()
+            self.be_over()
             self.run.exited.wait()
 
     def _release(self):
@@ -4299,7 +4319,7 @@ class Turn:
             with contextlib.suppress(OSError):          # not there, or not empty
                 os.rmdir(path)
 
-    def _be_over(self):
+    def be_over(self):
         """Tell whoever waits for the end, and let the stopper go."""
         if not self.over.is_set():
             self.over.set()
@@ -4876,6 +4896,7 @@ class CodexRunner:
 
     def _await_steer(self, turn, steer, key, fingerprint):
         """Where in the turn's log the Steer's event comes.  Raises HTTPError 409."""
+        turn.alarm.ring()
         steer.answered.wait()
         with self.lock:
             if key is not None:
@@ -4906,7 +4927,9 @@ class CodexRunner:
                 self.queue.pop(turn.id, None)
                 self._forget_keys(turn.id)
             turn.ready.set()
-        if log and is_cancelled:
+        if not log:
+            turn.be_over()
+        elif is_cancelled:
             turn.end_unstarted()
         self.start_next()
 

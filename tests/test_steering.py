@@ -1,12 +1,15 @@
 """Messages that cut into the turn in progress: taken or refused, once."""
 
+import os
 import random
 import threading
+import time
 
 import pytest
 
 from harness import check_stream, script, wait_for
 from test_live_turns import at_requests, types
+from test_real_codex import RealCodex
 
 BEGIN = [{"thread": "resume"}, {"say": "one"}]
 WAIT = script(*BEGIN, {"wait_for_steer": True}, {"complete": True})
@@ -153,3 +156,35 @@ def test_races_with_the_turns_end(engine):
             assert steered(engine, turn) == ([message] if answer.status == 202 else [])
         check_stream(engine.events(turn))
         assert len(engine.get("/codex/turns").json()["turns"]) == engine.status()["turn"]["id"]
+
+
+def test_races_with_the_real_codex():
+    """A message is in the thread once where it was taken, and nowhere where it was refused.  With
+    RACES=100 in the environment, as often."""
+    real = RealCodex("0.169.0")
+    outcomes = {"steered": 0, "too late": 0, "a turn": 0}
+    try:
+        engine = real.engine.start()
+        for number in range(int(os.environ.get("RACES", 12))):
+            turn = engine.start_turn("model: stream 10\nmodel: say one two three", deltas=True)
+            wait_for(lambda: engine.status()["turn"]["last_event_id"])
+            time.sleep(random.Random(number).uniform(0, 0.2))       # a race
+            message = "model: say answer %d." % number
+            answer = steer(engine, message, {"Prefer": "respond-async"}, deltas=True)
+            status = engine.wait_for_turn()
+            assert status["status"] == "completed", status
+            history = engine.get("/codex/history").json()["events"]
+            found = sum(event["type"] == "response_item" and message in str(event["payload"])
+                        for event in history)
+            if answer.status == 409:
+                assert found == 0 and steered(engine, turn) == []
+                outcomes["too late"] += 1
+            elif answer.json()["turn_id"] == turn:
+                assert found == 1 and steered(engine, turn) == [message]
+                outcomes["steered"] += 1
+            else:
+                assert found == 1 and status["id"] == turn + 1
+                outcomes["a turn"] += 1
+    finally:
+        real.close()
+    print(outcomes)

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import time
 
 import pytest
 
+import harness
 from harness import check_stream
+from test_real_codex import RealCodex
 
 
 def write_rollout(engine, thread_id, when, lines=None, folder=None, suffix=""):
@@ -75,6 +78,23 @@ def test_what_is_broken_costs_no_other(engine):
     packed = found["019a1caa-bceb-7731-b607-e9d22c1933a5"]
     assert packed["first_message"] is None and packed["created_at"].startswith("2025-10-25T")
     assert found["odd"]["first_message"] is None
+
+
+def test_the_first_message_of_every_codex():
+    """Which each version writes in its own way, and a live turn as exec."""
+    for version in harness.CODEX_VERSIONS:
+        real = RealCodex(version)
+        try:
+            engine = real.engine.start()
+            for options in ({}, {"deltas": True})[:1 if version < "0.98" else 2]:
+                engine.send("model: say hi", thread_id=None, **options)
+            found = threads(engine)
+            assert [thread["first_message"] for thread in found] == ["model: say hi"] * len(found)
+            assert found[0]["thread_id"] == engine.status()["thread_id"]
+            assert all(re.fullmatch(r"[0-9-]{10}T[0-9:.]{12}Z", thread["created_at"])
+                       for thread in found)
+        finally:
+            real.close()
 
 
 def test_a_long_first_message_is_cut(engine):
