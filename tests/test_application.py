@@ -170,7 +170,7 @@ def test_every_answer_says_what_a_cache_may_do(client):
 
 def test_options_of_the_whole_server(client):
     assert client("OPTIONS", "").status == 204
-    assert client.headers["Allow"] == "GET, HEAD, OPTIONS, POST"
+    assert client.headers["Allow"] == "DELETE, GET, HEAD, OPTIONS, POST"
     assert client("OPTIONS", "", secret="wrong").status == 401
 
 

@@ -56,9 +56,12 @@ def test_a_turn_and_its_stream(served, tmp_path):
 def test_a_turn_that_outlived_its_server_is_ended_by_the_next(served, make_engine):
     served.start_turn(script({"thread": "new"}, {"sleep": 60}))
     codex = wait_for(served.calls)[0]["pid"]
-    for pid in harness.processes_with("REPLICAS_ENGINE_STATE", served.state):
-        os.kill(pid, signal.SIGKILL)        # gunicorn's worker too; Codex hasn't this variable
-    served.process.wait()
+    server = served.process.pid
+    workers = [pid for pid in harness.children_of(server)
+               if SERVERS["gunicorn"][-1].encode() in harness.command_of(pid)]    # and not Codex
+    for pid in [server] + workers:
+        os.kill(pid, signal.SIGKILL)
+    served.process.wait(harness.PATIENCE)
     successor = make_engine("successor", REPLICAS_ENGINE_STATE=served.state)
     assert successor.wait_for_turn()["error"]["code"] == "engine_restarted"
     assert not harness.is_alive(codex)

@@ -204,8 +204,8 @@ def test_an_interrupt_and_the_thread_goes_on(real):
     answer = real.engine.post("/codex/interrupt").json()
     assert answer["interrupted"] is True
     os.unlink(started)
-    assert harness.processes_with("CODEX_HOME", real.engine.codex_home) == [
-        real.engine.process.pid]
+    left = set(harness.processes_with("CODEX_HOME", real.engine.codex_home))
+    assert left <= {real.engine.process.pid}        # which only root can see
     thread_id = real.engine.status()["thread_id"]
     events, _ = real.completed("say on", new=False)
     assert events[0].json()["thread_id"] == thread_id and texts(events) == ["on"]
