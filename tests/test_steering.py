@@ -165,7 +165,7 @@ def test_races_with_the_real_codex():
     outcomes = {"steered": 0, "too late": 0, "a turn": 0}
     try:
         engine = real.engine.start()
-        for number in range(int(os.environ.get("RACES", 12))):
+        for number in range(int(os.environ.get("RACES", 8))):
             turn = engine.start_turn("model: stream 10\nmodel: say one two three", deltas=True)
             wait_for(lambda: engine.status()["turn"]["last_event_id"])
             time.sleep(random.Random(number).uniform(0, 0.2))       # a race
