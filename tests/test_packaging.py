@@ -414,7 +414,7 @@ PROXY = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
 def check_try(checkout, done, **env):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "event: thread.started" in done.stdout and "event: turn.completed" in done.stdout
-    assert "event: done" in done.stdout
+    assert "event: item.delta" in done.stdout and "event: done" in done.stdout
     # The lines to go on with work as they are printed.
     settings = re.search(r"(?m)^ENGINE=.*\nSECRET='.*'$", done.stdout).group()
     lines = re.findall(r"(?m)^(curl .*)$", done.stdout)
