@@ -1,0 +1,135 @@
+"""The clients to copy in README, against an engine that is killed in mid-turn."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from harness import PATIENCE, ROOT, SECRET, script, wait_for
+from test_clients import PACKAGES, npm_package
+
+PYTHON = """
+import sys
+for kind, data in follow(sys.argv[1], sys.argv[2], sys.argv[3]):
+    print(json.dumps([kind, data]), flush=True)
+    if kind == "item.completed" and len(sys.argv) > 4:
+        print(json.dumps(stop(sys.argv[1], sys.argv[2])), flush=True)
+"""
+TYPESCRIPT = """
+const [url, secret, message, stopping] = process.argv.slice(2);
+(async () => {
+  for await (const event of follow(url, secret, message)) {
+    console.log(JSON.stringify([event.type, event.data]));
+    if (event.type === "item.completed" && stopping) {
+      console.log(JSON.stringify(await stop(url, secret)));
+    }
+  }
+})().catch((error) => { console.error(error.message); process.exit(1); });
+"""
+# Types are checked, too; what Node has is declared by the library of the web.
+COMPILE = """
+const ts = require("typescript"), [source, target] = process.argv.slice(1);
+const options = { target: ts.ScriptTarget.ES2022, module: ts.ModuleKind.CommonJS, strict: true,
+                  lib: ["lib.es2022.d.ts", "lib.dom.d.ts", "lib.dom.asynciterable.d.ts"],
+                  types: [], outDir: target };
+const program = ts.createProgram([source], options);
+const found = ts.getPreEmitDiagnostics(program);
+for (const one of found) console.error(ts.flattenDiagnosticMessageText(one.messageText, " "));
+program.emit();
+process.exit(found.length);
+"""
+
+
+def block(language):
+    """README's block in the section of the clients."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        section = re.search(r"(?ms)^## A client to copy$.*?^## ", file.read()).group()
+    return re.search(r"(?ms)^```%s\n(.*?)^```$" % language, section).group(1)
+
+
+@pytest.fixture(scope="module", params=["python", "typescript"])
+def client(request, tmp_path_factory):
+    """How the client is started."""
+    tmp_path = tmp_path_factory.mktemp("client")
+    if request.param == "python":
+        path = tmp_path / "client.py"
+        path.write_text(block("python") + PYTHON, encoding="utf-8")
+        return [sys.executable, str(path)]
+    npm_package("typescript")
+    path = tmp_path / "client.ts"
+    path.write_text("declare const process: any;\n" + block("typescript") + TYPESCRIPT,
+                    encoding="utf-8")
+    done = subprocess.run(["node", "-e", COMPILE, str(path), str(tmp_path)],
+                          env=dict(os.environ, NODE_PATH=PACKAGES), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout.decode()
+    return ["node", str(tmp_path / "client.js")]
+
+
+class Loop:
+    """A client that runs."""
+
+    def __init__(self, client, engine, message, *more):
+        self.path = os.path.join(engine.folder, "client.out")
+        url = "http://127.0.0.1:%d" % engine.port
+        with open(self.path, "wb") as output:
+            self.process = subprocess.Popen(
+                [*client, url, SECRET, message, *more], stdout=output, stderr=subprocess.STDOUT,
+                env={"PATH": os.environ["PATH"], "HOME": engine.folder,
+                     "PYTHONIOENCODING": "utf-8"})
+
+    def lines(self):
+        with open(self.path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+
+    def end(self):
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+
+
+def test_it_gives_every_event_once_over_a_kill(client, engine):
+    engine.env["PORT"] = str(engine.port)
+    message = script({"thread": "new"}, {"count": {"n": 5, "size": 20}}, {"sleep": 120})
+    loop = Loop(client, engine, message)
+    wait_for(lambda: len(loop.lines()) >= 6)
+    engine.kill()
+    time.sleep(0.5)                         # it is away for a while
+    engine.start()
+    assert loop.end() == 0, loop.lines()
+    assert loop.lines() == [[event.type, event.json()] for event in engine.events(1)]
+    assert loop.lines()[-2][1]["error"]["code"] == "engine_restarted"
+    assert engine.status()["turn"]["id"] == 1
+
+
+def test_it_waits_for_an_engine_and_stops_a_turn(client, engine):
+    """And whatever it says, in every script and with line ends within."""
+    engine.env["PORT"] = str(engine.port)
+    text = "✅ 漢字 \U0001f600 \u2028 \r\n end"
+    message = script({"thread": "new"}, {"event": {"type": "item.completed", "item": {
+        "id": "item_0", "type": "agent_message", "text": text}}}, {"sleep": 120})
+    engine.stop()
+    loop = Loop(client, engine, message, "stop")
+    time.sleep(0.5)
+    engine.start()
+    assert loop.end() == 0, loop.lines()
+    lines = loop.lines()
+    assert {"success": True, "interrupted": True, "turn_id": 1} in lines
+    events = [line for line in lines if isinstance(line, list)]
+    assert events == [[event.type, event.json()] for event in engine.events(1)]
+    assert events[-2][1]["error"]["code"] == "interrupted"
+    assert text in [data["item"]["text"] for _, data in events if "item" in data]
+
+
+def test_it_stops_where_it_is_refused(client, engine):
+    loop = Loop(client, engine, " ")
+    assert loop.end() == 1
+    with open(loop.path, encoding="utf-8") as file:
+        assert "Message is required" in file.read()
