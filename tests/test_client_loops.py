@@ -1,4 +1,7 @@
-"""The clients to copy in README, against an engine that is killed in mid-turn."""
+"""The clients to copy in README, against an engine that is killed in mid-turn.
+
+What npm gives for client_programs/ checks and translates the one in TypeScript.
+"""
 
 import json
 import os
