@@ -113,6 +113,9 @@ def timestamp_of(milliseconds):
                          milliseconds % 1000)
 
 
+TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z")
+
+
 def timestamp(seconds=None):
     """`seconds` since 1970 (default: now) in ISO 8601, UTC, with milliseconds and Z."""
     return timestamp_of(int((time.time() if seconds is None else seconds) * 1000))
@@ -983,7 +986,7 @@ class Router:
 
     def handler(self, method, path):
         """Raises HTTPError 404 or 405 (RFC 9110, 15.5.5 and 15.5.6)."""
-        methods = self.paths.get(re.sub(r"/[0-9]+\Z", "/N", path))
+        methods = self.paths.get(re.sub(r"/[0-9]{1,15}\Z", "/N", path))
         if methods is None:
             plain = path.rstrip("/")
             raise HTTPError(404, "Not found", "there is nothing at %s%s" % (
@@ -2507,7 +2510,10 @@ def thread_summary(thread_id, path):
             meta = json_object(file.readline(MAX_ROLLOUT_HEAD).decode())
             if meta.get("type") != "session_meta":
                 raise ValueError("its first line is another one")
-            summary.update(created_at=meta.get("timestamp"), first_message=first_message(file))
+            written = meta.get("timestamp")
+            if isinstance(written, str) and TIMESTAMP.fullmatch(written):
+                summary["created_at"] = written
+            summary["first_message"] = first_message(file)
     return summary
 
 
@@ -5607,9 +5613,12 @@ class Application:
             return {"turn_id": turn_log.turn_id, "status": "steered"}
         summary = {"turn_id": turn_log.turn_id, "thread_id": turn_log.thread_id,
                    "status": turn_summary(turn_log)["status"]}
-        for position, turn in enumerate(self.runner.waiting(), 1):
-            if turn.id == turn_log.turn_id:
-                summary.update(thread_id=self.runner.thread_id, position=position)
+        waiting = [turn.id for turn in self.runner.waiting()]
+        if turn_log.turn_id in waiting:
+            summary.update(thread_id=self.runner.thread_id, status="queued",
+                           position=waiting.index(turn_log.turn_id) + 1)
+        elif summary["status"] == "queued":     # its turn has come this moment
+            summary["status"] = "running"
         return summary
 
     @staticmethod
@@ -5676,7 +5685,7 @@ class Application:
 
     def turn(self, request):
         """One turn's result, perhaps when it is over."""
-        turn_id = int(request.path.rpartition("/")[2][:15])
+        turn_id = int(request.path.rpartition("/")[2])
         seconds = whole_number(request.query(), "wait", most=MAX_WAIT) or 0
         if seconds:
             check_room_for_stream(request)
@@ -5719,7 +5728,7 @@ class Application:
     def cancel(self, request):
         """Take a message, or every one, out of the queue."""
         last = request.path.rpartition("/")[2]
-        turn_id = int(last[:15]) if last.isdecimal() else None
+        turn_id = int(last) if last.isdecimal() else None
         count = self.runner.cancel(turn_id)
         if turn_id is not None and not count:
             raise HTTPError(404, "Not in the queue", "turn %d doesn't wait: see GET /codex/queue, "

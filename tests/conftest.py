@@ -14,8 +14,11 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import contract  # noqa: E402
 import harness  # noqa: E402
 import replicas_engine  # noqa: E402
+
+harness.CONTRACT = contract.Contract()
 
 # What a background job or nohup ignores, the engines under test would ignore, too.
 for number, action in ((signal.SIGINT, signal.default_int_handler),
@@ -95,6 +98,14 @@ def no_subreaper():
     yield
     replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 0)
     replicas_engine.prctl(replicas_engine.PR_SET_DUMPABLE, 1)
+
+
+@pytest.fixture(autouse=True)
+def answers_fit_the_contract():
+    """What the engine answers in a test is what packaging/openapi.json says."""
+    yield
+    complaints, harness.CONTRACT.complaints = harness.CONTRACT.complaints, []
+    assert not complaints
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ for name, _, value in (pair.partition("=") for pair in sys.argv[1:]):
     setattr(replicas_engine, name, type(getattr(replicas_engine, name))(value))
 sys.exit(replicas_engine.main([]))
 """ % ROOT
+CONTRACT = None         # the contract.Contract that answers and events are held against, if any
 OPEN_TO_VIEW = {"PR_SET_DUMPABLE": 3}   # it asks (prctl(2)) instead of shutting its own user out
 
 
@@ -81,6 +82,8 @@ class Event:
         self.id = next((value for name, _, value in fields if name == "id"), None)
         self.type = next((value for name, _, value in fields if name == "event"), "message")
         self.data = "\n".join(value for name, _, value in fields if name == "data")
+        if CONTRACT:
+            CONTRACT.check_event(self)
 
     def json(self):
         return json.loads(self.data)
@@ -214,6 +217,8 @@ class Engine:
     # HTTP
 
     def connect(self, timeout=PATIENCE):
+        if CONTRACT:
+            return CONTRACT.connection("127.0.0.1", self.port, timeout=timeout)
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
 
     def open(self, method, path, body=None, headers=None, secret=SECRET):

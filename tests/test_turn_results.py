@@ -89,6 +89,8 @@ def test_waiting_for_a_result(engine, tmp_path):
     assert engine.get("/codex/turns/%d?wait=0" % turn).json()["status"] == "running"
     assert engine.get("/codex/turns/%d?wait=1" % turn).json()["status"] == "running"
     assert engine.get("/codex/turns/%d?wait=301" % turn).status == 400
+    for number in ("0", "999999999999999", "%015d1" % turn):    # the last has 16 digits
+        assert engine.get("/codex/turns/" + number).status == 404
     answers = []
     waiting = threading.Thread(target=lambda: answers.append(
         engine.get("/codex/turns/%d?wait=50" % turn).json()))

@@ -96,6 +96,7 @@ def test_what_it_tells(hooked, receiver):
     hooked.send("Hello")
     wait_for(lambda: receiver.turns() == [1])
     headers, body = receiver.got[0]
+    harness.CONTRACT.check_webhook(headers, body)
     assert json.loads(body.decode()) == {"event": "turn.finished",
                                          "turn": hooked.get("/codex/turns/1").json()}
     assert headers["X-Replicas-Signature"] == "sha256=" + hmac.new(
