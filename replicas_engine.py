@@ -3487,8 +3487,9 @@ class AppServer:
 
     def _turn_started(self, params):
         """It may come before the answer to turn/start."""
+        events = self._accept(params["turn"]) + [_event("turn.started")]
         self.begun = True
-        return self._accept(params["turn"]) + [_event("turn.started")]
+        return events
 
     def _number(self, item_id):
         """The item's number, by the order in which they are told."""
@@ -3973,11 +3974,12 @@ class Turn:
         except (RuntimeError, MemoryError) as error:        # there are too many threads
             self._not_started(error)
 
-    def end_unstarted(self, message=STOP_MESSAGES["cancelled"], code="cancelled"):
+    def end_unstarted(self, message=STOP_MESSAGES["cancelled"], code="cancelled",
+                      before_publishing=lambda: None):
         """End it without a run of Codex: it has only waited.  Without its message it never runs,
         should the disk not take the ending."""
         self.runner.state.delete_message(self.id)
-        self.runner.finish_log(self.log, failure(message, code))
+        self.runner.finish_log(self.log, failure(message, code), before_publishing)
         self.be_over()
 
     def log_once_started(self):
@@ -4086,7 +4088,8 @@ class Turn:
                 self.runner.last_failure = "turn %d could not be started: %s" % (self.id, why)
                 self.progress.terminal = "turn.failed"
                 stack.callback(self._release)
-                stack.callback(self.end_unstarted, why[:MAX_FAILURE_MESSAGE], "not_started")
+                stack.callback(self.end_unstarted, why[:MAX_FAILURE_MESSAGE], "not_started",
+                               self._release)
             else:
                 self.problem = problem
                 stack.callback(self.be_over)
@@ -4636,10 +4639,14 @@ class Webhook:
         self._closed = threading.Event()
 
     def start(self):
-        """Begin, with the turns that end from now on if there was no webhook before.  Raises
-        OSError."""
-        if self.runner.state.told() is None:
-            self.runner.state.write_told(self.runner.first_unfinished() - 1)
+        """Begin, with the turns that end from now on if there was no webhook before, or the mark is
+        of a state directory that was emptied."""
+        try:
+            told = self.runner.state.told()
+            if told is None or told > self.runner.latest:
+                self.runner.state.write_told(self.runner.first_unfinished() - 1)
+        except OSError as error:
+            logger.error("the webhook's mark can't be written: %s", error.strerror)
         start_thread("webhook", self._run)
 
     def close(self):
@@ -4767,6 +4774,7 @@ class CodexRunner:
         self.changed = threading.Condition(self.lock)       # there is a new log, or the engine ends
         self.current = None                 # the Turn in progress, its start and its end included
         self.queue = {}                     # id -> Turn that waits, the next one first
+        self.writing = {}                   # id -> Turn that is just being put on the disk for that
         self.latest = 0                     # the id of the newest turn
         self.logged = 0                     # the id of the newest turn that has a log
         self.newest_log = None              # the TurnLog of the newest turn that was started
@@ -4852,6 +4860,8 @@ class CodexRunner:
                 turn.log.sync_new()
             with contextlib.suppress(HTTPError):
                 self._finish_left()
+            if self.queue:
+                self.start_next()
 
     # What the API asks for, from any thread
 
@@ -4887,7 +4897,8 @@ class CodexRunner:
                     turn, steer = self._new_turn(options, key, fingerprint), None
                 waits = turn.id in self.queue
             if steer:
-                return turn.log, self._await_steer(turn, steer, key, fingerprint)
+                offset = self._await_steer(turn, steer, key, fingerprint)
+                return turn.log, offset     # which the turn has by now
             if waits:
                 self._enqueue(turn)
             else:
@@ -4925,6 +4936,7 @@ class CodexRunner:
         except Exception as error:          # whatever it is, nobody may wait for it for ever
             problem = not_startable(error)
         with self.lock:
+            del self.writing[turn.id]
             turn.log, turn.problem, turn.options = log, problem, None
             is_cancelled = turn.id not in self.queue
             if log:
@@ -4940,11 +4952,14 @@ class CodexRunner:
         self.start_next()
 
     def start_next(self):
-        """Let the first message that waits have its turn, if it is time."""
+        """Let the first message that waits have its turn, if it is time, and the disk has taken the
+        endings of those before it."""
+        if self.webhook:
+            self.webhook.wake.set()
         with self.lock:
             turn = next(iter(self.queue.values()), None)
             if not (turn and turn.ready.is_set() and self.recovered.is_set()) or (
-                    self.current or self.closing):
+                    self.current or self.closing or self.unfinished):
                 return
             self.current = self.queue.pop(turn.id)
         turn.start()
@@ -4983,7 +4998,8 @@ class CodexRunner:
         try:
             return turn.log_once_started() if turn else self.turn_log(turn_id)
         except NoSuchTurn:                  # pruned this moment, or somebody has deleted it
-            self._forget_turn(turn_id)
+            with self.lock:
+                self._forget_keys(turn_id)
             return None
 
     def turn_log(self, turn_id=None):
@@ -5015,7 +5031,8 @@ class CodexRunner:
         """The id of the first turn that isn't over, or of the one that comes next."""
         with self.lock:
             current = [self.current.id] if self.current else []
-            return min([*current, *self.queue, *self.logs], default=self.latest + 1)
+            return min([*current, *self.queue, *self.writing, *self.logs],
+                       default=self.latest + 1)
 
     def next_log(self, turn_id, seconds):
         """The log of the first kept turn behind that one, or None if none comes in `seconds`.
@@ -5024,11 +5041,17 @@ class CodexRunner:
             self.changed.wait_for(lambda: self.logged > turn_id or self.closing, seconds)
             if self.closing and self.logged <= turn_id:
                 raise unavailable("The engine is shutting down", "come back in some seconds")
+            coming = {turn.id: turn for turn in (
+                self.current, *self.queue.values(), *self.writing.values()) if turn}
         with explained("The turns can't be listed", "come back"):
-            behind = [kept for kept in self.state.turn_ids() if kept > turn_id]
-        for wanted in behind:
-            with contextlib.suppress(NoSuchTurn):
-                return self.turn_log(wanted)
+            ids = sorted({*coming, *self.state.turn_ids()})
+        for wanted in filter(lambda kept: kept > turn_id, ids):
+            turn = coming.get(wanted)       # one behind it may have its log earlier
+            if turn and not turn.ready.wait(seconds):
+                return None
+            if not (turn and turn.problem):
+                with contextlib.suppress(NoSuchTurn):
+                    return self.turn_log(wanted)
         if self.logged > turn_id:           # it is no longer kept: wait for another
             with self.lock:
                 self.changed.wait(seconds)
@@ -5041,14 +5064,21 @@ class CodexRunner:
         for turn_id in self.state.turn_ids():
             if turn_id > max(wanted, default=0):
                 break
-            with contextlib.suppress(NoSuchTurn):
+            try:
                 turn_log = self.turn_log(turn_id)
                 result = turn_result(turn_log, with_message and turn_id in wanted)
-                usage, thread_id = result["usage"], turn_log.thread_id
-                result["turn_usage"] = own_usage(turn_log, usage, usages.get(thread_id))
-                usages[thread_id] = usage
-                if turn_id in wanted:
-                    results.insert(0, result)
+            except NoSuchTurn:
+                continue
+            except HTTPError:               # it can't be read, which costs itself alone
+                if wanted == [turn_id]:
+                    raise
+                usages.clear()
+                continue
+            usage, thread_id = result["usage"], turn_log.thread_id
+            result["turn_usage"] = own_usage(turn_log, usage, usages.get(thread_id))
+            usages[thread_id] = usage
+            if turn_id in wanted:
+                results.insert(0, result)
         return results
 
     def interrupt(self):
@@ -5082,6 +5112,10 @@ class CodexRunner:
         self._closed.set()
         if self.webhook:
             self.webhook.close()
+        with self.lock:
+            writing = list(self.writing.values())
+        for turn in writing:                # no other engine gets the directory before that
+            turn.ready.wait()
         for turn in self.waiting():
             turn.log.leave()
             turn.alarm.close()
@@ -5142,7 +5176,7 @@ class CodexRunner:
         if key is not None:
             self.keys[key] = (turn.id, fingerprint)
         if busy:
-            self.queue[turn.id] = turn
+            self.queue[turn.id] = self.writing[turn.id] = turn
         else:
             self.current = turn
         return turn
@@ -5180,7 +5214,7 @@ class CodexRunner:
         """The Turn with the id, if it is the one in progress or waits."""
         if self.current and self.current.id == turn_id:
             return self.current
-        return self.queue.get(turn_id)
+        return self.queue.get(turn_id) or self.writing.get(turn_id)
 
     # For a turn's thread, as the turn goes on
 
@@ -5286,10 +5320,10 @@ class CodexRunner:
             logger.error("old turns can't be deleted: %s", error)
 
     def _forget_turn(self, turn_id):
-        """Whether the turn may be deleted; its key is then forgotten."""
+        """Whether the turn's log may be deleted; its key is then forgotten."""
         with self.lock:
-            if turn_id in self.logs:
-                return False
+            if turn_id in self.logs or self.newest_log and turn_id == self.newest_log.turn_id:
+                return False                # the thread is read from the newest that was started
             self._forget_keys(turn_id)
             return True
 
@@ -5717,7 +5751,7 @@ class Application:
         begin = b'{"turns":['
         for position, turn in enumerate(turns, 1):
             try:
-                message = self.runner.state.load_message(turn.id)["message"]
+                message = self.runner.state.load_message(turn.id).get("message")
             except (OSError, ValueError):   # it has begun
                 continue
             yield begin + json_bytes({"turn_id": turn.id, "position": position, "message": message,

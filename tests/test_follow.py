@@ -1,10 +1,12 @@
 """One stream for whoever watches a machine: GET /codex/events?follow=1."""
 
 import contextlib
+import os
 import random
 import threading
 
 from harness import read_events, script, wait_for
+from test_steering import slow_to_start
 
 START = {"thread": "resume"}
 
@@ -110,3 +112,24 @@ def test_many_followers_that_come_and_go(engine):
         first = whole.index(mine[0])        # it may have come when the first turn was over
         assert mine == whole[first:]
     wait_for(lambda: engine.status()["turn"]["status"] == "completed")
+
+
+def test_a_turn_that_starts_while_another_waits_behind_it(make_engine):
+    """The one that waits has its log earlier, and is followed later."""
+    engine, asked = slow_to_start(make_engine)
+    connection, response = follow(engine)
+    with contextlib.closing(connection):
+        response.readline()
+        threads = [threading.Thread(target=engine.start_turn, args=(str(number),),
+                                    kwargs={"when_busy": "queue"}) for number in range(3)]
+        for thread in threads:
+            thread.start()
+            wait_for(lambda: os.path.exists(asked))
+        stream, done = read_events(response), []
+        while len(done) < 3:
+            event = next(stream)
+            if event.type == "done":
+                done.append(event.id.partition(".")[0])
+        for thread in threads:
+            thread.join()
+    assert done == ["1", "2", "3"]

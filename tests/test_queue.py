@@ -148,6 +148,23 @@ def test_a_cancelled_one_is_not_the_thread(engine, tmp_path):
     assert engine.send("on")[0].id == "3.1"
 
 
+def test_cancelled_ones_push_no_turn_out(make_engine, tmp_path):
+    """Nor its thread, which is read from the newest that was started."""
+    engine = make_engine(constants={"MAX_KEPT_TURNS": 4})
+    gate = tmp_path / "gate"
+    engine.start_turn(gated(gate))
+    for _ in range(8):
+        put(engine, "never")
+    engine.request("DELETE", "/codex/queue")
+    wait_for(lambda: engine.status()["thread_id"])
+    thread_id = engine.status()["thread_id"]
+    gate.touch()
+    assert result(engine, 1)["status"] == "completed"
+    wait_for(lambda: "10.log" not in os.listdir(os.path.join(engine.state, "turns")))
+    assert engine.status()["turn"]["id"] == 1
+    assert engine.restart().status()["thread_id"] == thread_id
+
+
 def test_an_interrupt_leaves_the_queue_and_a_reset_empties_it(busy, tmp_path):
     put(busy, gated(tmp_path / "second"))
     put(busy, "third")

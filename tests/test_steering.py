@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from harness import check_stream, script, wait_for
+from harness import STAND_IN_CODEX, check_stream, script, wait_for
 from test_live_turns import at_requests, types
 from test_real_codex import RealCodex
 
@@ -54,6 +54,37 @@ def test_its_stream_begins_with_it(engine):
     events = answer.events()
     assert "turn.steered" in types(events) and events[-1].type == "done"
     assert events == engine.events(turn)[-len(events):] and len(events) < len(engine.events(turn))
+
+
+def slow_to_start(make_engine):
+    """An engine whose next turn starts late, when its Codex has said its version, and the file that
+    is there while it starts."""
+    engine = make_engine(start=False)
+    shim, asked = os.path.join(engine.folder, "slow-codex"), os.path.join(engine.folder, "asked")
+    engine.env["CODEX_PATH"] = shim
+    for command in (":", "touch %s; sleep 2" % asked):      # the engine asks again of a new program
+        with open(shim + ".new", "w") as file:
+            file.write('#!/bin/sh\nif [ "$1" = --version ]; then %s; fi\nexec %s "$@"\n'
+                       % (command, STAND_IN_CODEX))
+        os.chmod(shim + ".new", 0o755)
+        os.replace(shim + ".new", shim)
+        if engine.process is None:
+            engine.start()
+            assert engine.status()["codex"]["version"]
+    return engine, asked
+
+
+def test_a_turn_that_is_just_starting(make_engine):
+    """It takes the message when it has begun."""
+    (engine, asked), answers = slow_to_start(make_engine), []
+    thread = threading.Thread(
+        target=lambda: answers.append(engine.start_turn(WAIT, deltas=True)))
+    thread.start()
+    wait_for(lambda: os.path.exists(asked))
+    answer = steer(engine, "on", {"Prefer": "respond-async"})
+    thread.join()
+    assert answers == [1] and answer.json() == {"turn_id": 1, "status": "steered"}
+    assert steered(engine, 1) == ["on"]
 
 
 def test_it_starts_a_turn_where_none_is_in_progress(engine):

@@ -178,6 +178,31 @@ def test_a_cancelled_one_waits_for_those_before_it(hooked, receiver, tmp_path):
     wait_for(lambda: receiver.turns() == [1, 2, 3])
 
 
+def test_a_mark_of_turns_that_are_gone(hooked, receiver):
+    """Somebody has emptied the folder, but for the mark; or it is forged."""
+    hooked.stop()
+    turns = os.path.join(hooked.state, "turns")
+    for name in os.listdir(turns):
+        os.unlink(os.path.join(turns, name))
+    for number in (50, 10 ** 14):
+        open(os.path.join(turns, "%d.told" % number), "w").close()
+    hooked.start().send("Hello")
+    wait_for(lambda: receiver.turns() == [1])
+
+
+def test_a_log_that_cannot_be_read_holds_nothing_up(hooked, receiver):
+    hooked.send("one")
+    wait_for(lambda: receiver.turns() == [1])
+    path = os.path.join(hooked.state, "turns", "1.log")
+    os.unlink(path)
+    os.symlink(path, path)                  # whoever opens it gets ELOOP
+    hooked.send("two")
+    wait_for(lambda: receiver.turns() == [1, 2])
+    assert [turn["id"] for turn in hooked.get("/codex/turns").json()["turns"]] == [2]
+    assert hooked.get("/codex/turns/1").status == 503
+    os.unlink(path)
+
+
 def test_a_body_within_bounds():
     for message in ("\x01" * 200000, "✅" * 80000, "a" * 262144):
         body = replicas_engine.webhook_body({"final_message": message, "error": None})
