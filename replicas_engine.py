@@ -4709,7 +4709,8 @@ class Webhook:
         else:
             connection = http.client.HTTPConnection(url.hostname, url.port,
                                                     timeout=WEBHOOK_PATIENCE)
-        timer = threading.Timer(WEBHOOK_PATIENCE, self._give_up, (connection,))
+        too_late = threading.Event()
+        timer = threading.Timer(WEBHOOK_PATIENCE, self._give_up, (connection, too_late))
         timer.daemon = True
         timer.start()
         try:
@@ -4720,7 +4721,7 @@ class Webhook:
                 "X-Replicas-Signature": "sha256=%s" % hmac.new(
                     self.secret, body, hashlib.sha256).hexdigest()})
             status = connection.getresponse().status
-            if not timer.is_alive():        # what there was of a head passes for a whole one
+            if too_late.is_set():           # what there was of a head passes for a whole one
                 raise TimeoutError("it takes longer than %g s" % WEBHOOK_PATIENCE)
         finally:
             timer.cancel()
@@ -4729,8 +4730,9 @@ class Webhook:
             raise ValueError("it answered %d" % status)
 
     @staticmethod
-    def _give_up(connection):
+    def _give_up(connection, too_late):
         """End a try that takes too long in all, if it has come as far as to be connected."""
+        too_late.set()
         if connection.sock:
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_RDWR)

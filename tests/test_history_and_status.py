@@ -358,7 +358,7 @@ def test_after_a_restart(engine):
 
 def test_after_the_engine_was_killed_in_a_turn(engine):
     turn_id = engine.start_turn(script({"thread": "new"}, {"sleep": 100}))
-    before = wait_for(lambda: engine.status()["thread_id"] and check_status(engine))
+    before = wait_for(lambda: engine.status()["session_file"] and check_status(engine))
     engine.kill()
     engine.start()
     turn = engine.wait_for_turn()
