@@ -6,8 +6,12 @@ What npm gives for client_programs/ checks and translates the one in TypeScript.
 import json
 import os
 import re
+import signal
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -76,9 +80,9 @@ def client(request, tmp_path_factory):
 class Loop:
     """A client that runs."""
 
-    def __init__(self, client, engine, message, *more):
+    def __init__(self, client, engine, message, *more, port=None):
         self.path = os.path.join(engine.folder, "client.out")
-        url = "http://127.0.0.1:%d" % engine.port
+        url = "http://127.0.0.1:%d" % (port or engine.port)
         with open(self.path, "wb") as output:
             self.process = subprocess.Popen(
                 [*client, url, SECRET, message, *more], stdout=output, stderr=subprocess.STDOUT,
@@ -136,3 +140,84 @@ def test_it_stops_where_it_is_refused(client, engine):
     assert loop.end() == 1
     with open(loop.path, encoding="utf-8") as file:
         assert "Message is required" in file.read()
+
+
+# Killed at any moment
+
+# Bytes of the engine's answers that reach the client before it is killed; None: it has just got the
+# request.  The head has some 350, each event 100 or more.
+MOMENTS = [None, 0, 1, 200, 340, 341, 350, 370, 400, 401, 480, 600, 900, 1500, 4000]
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Hands bytes on to the engine and back, and kills it at a moment; see MOMENTS."""
+
+    daemon_threads = True
+
+    def __init__(self, engine, moment):
+        super().__init__(("127.0.0.1", 0), RelayHandler)
+        self.engine = engine
+        self.moment = moment
+        self.killed = threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def kill(self):
+        os.kill(self.engine.process.pid, signal.SIGKILL)
+        self.engine.process.wait()
+        self.killed.set()
+
+    def limited(self, data):
+        """What of the engine's bytes the client gets; with that the moment may have come."""
+        if self.moment is None or self.killed.is_set():
+            return data
+        data, self.moment = data[:self.moment], self.moment - len(data)
+        if self.moment <= 0:
+            self.kill()
+        return data
+
+
+class RelayHandler(socketserver.BaseRequestHandler):
+    """One connection through a Relay."""
+
+    def handle(self):
+        try:
+            with socket.create_connection(("127.0.0.1", self.server.engine.port)) as engine:
+                threading.Thread(target=self.hand_on, args=(engine,), daemon=True).start()
+                for data in iter(lambda: engine.recv(65536), b""):
+                    self.request.sendall(self.server.limited(data))
+        except OSError:                     # there is no engine just now, or no longer
+            pass
+
+    def hand_on(self, engine):
+        try:
+            for data in iter(lambda: self.request.recv(65536), b""):
+                engine.sendall(data)
+                if self.server.moment is None and not self.server.killed.is_set():
+                    self.server.kill()
+            engine.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
+def test_it_gives_every_event_once_whenever_the_engine_is_killed(client, engine, tmp_path):
+    for number, moment in enumerate(MOMENTS, 1):
+        gate = tmp_path / ("gate-%d" % number)
+        message = script({"thread": "resume"}, {"count": {"n": 30, "size": 200, "pause": 0.01}},
+                         {"wait_for": str(gate)}, {"complete": True})
+        with Relay(engine, moment) as relay:
+            loop = Loop(client, engine, message, port=relay.server_address[1])
+            try:
+                wait_for(lambda: relay.killed.is_set() or loop.process.poll() is not None)
+                assert relay.killed.is_set(), loop.lines()
+                engine.start()
+                gate.touch()                # for a turn that only begins now
+            finally:
+                status = loop.end()
+            relay.shutdown()
+        assert status == 0, (moment, loop.lines())
+        events = engine.events(number)
+        assert loop.lines() == [[event.type, event.json()] for event in events], moment
+        if moment is not None:
+            assert events[-2].json()["error"]["code"] == "engine_restarted", moment
+        assert engine.prompts().count(message) <= 1
+    assert engine.status()["turn"]["id"] == len(MOMENTS)    # a turn for each message
