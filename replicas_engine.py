@@ -2560,8 +2560,11 @@ class Rollouts:
             if path is None:
                 raise HTTPError(404, "No such thread", "Codex has no rollout of %s here" % before)
             end = os.path.basename(path)
+        # A rollout's name begins with the day whose folder it is in.
+        days = (day for day in self._days()
+                if end is None or day[-10:].replace("/", "-") <= end[len("rollout-"):][:10])
         archived = self._names([self.archive])
-        for name, path in heapq.merge(self._names(self._days()), archived, reverse=True):
+        for name, path in heapq.merge(self._names(days), archived, reverse=True):
             thread_id = ROLLOUT_NAME.fullmatch(name).group(1)
             if len(found) == limit:
                 break
