@@ -79,6 +79,8 @@ def by_aiohttp():
 def by_sseclient():
     import sseclient
     for event in sseclient.SSEClient(URL, last_id=LAST_ID or None, headers=HEADERS):
+        if not event.data:                      # it makes an event of a comment, too
+            continue
         show(event.id, event.event, event.data)
         if event.event == "done":
             break                               # it would ask again every 3 s
