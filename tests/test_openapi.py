@@ -164,7 +164,7 @@ def test_an_answer_that_fits():
     ("GET", "/ping", 400, b'{"error":"Oops","details":"x"}', RIGHT),
     ("GET", "/pong", 404, b'{"error":"Oops"}', RIGHT),
     ("POST", "/ping", 405, b'{"error":"Method not allowed"}', RIGHT),       # without Allow
-    ("GET", "/codex/turns/1", 404, b'{"error":"Not found"}', RIGHT),
+    ("GET", "/codex/turns/1", 404, b'{"error":"Oops","details":"x"}', RIGHT),
 ])
 def test_answers_that_do_not_fit(method, target, status, body, fields):
     assert complaints(method, target, status, body, **fields) != []
