@@ -55,11 +55,22 @@ def _no_tmpfs():
 
 def _no_machines():
     """Whether others can be booted (packaging_machine.py)."""
-    return next(filter(None, map(lacks, (
+    missing = next(filter(None, map(lacks, (
         "root", "systemd-nspawn", "mmdebstrap", "nsenter", "setpriv", "dpkg-deb"))), None)
+    if missing or os.path.ismount("/sys/fs/cgroup"):
+        return missing
+    return "no machine can be booted: control groups are not mounted"
 
 
-PROBES = {"root": _no_root, "tmpfs": _no_tmpfs, "machines": _no_machines}
+def _no_user_namespaces():
+    """Whether they can be made, as Codex's sandbox is one; not in a chroot, for one."""
+    made = subprocess.run(["unshare", "--user", "--map-root-user", "true"],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return "no user namespace can be made, and so no sandbox" if made.returncode else None
+
+
+PROBES = {"root": _no_root, "tmpfs": _no_tmpfs, "machines": _no_machines,
+          "user namespaces": _no_user_namespaces}
 
 
 @functools.lru_cache(maxsize=None)

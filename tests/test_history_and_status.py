@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import conftest
 from harness import MODULE, STAND_IN_CODEX, script, wait_for
 from test_rollouts import CONTENT, LINES, THREAD, answer, append, take_thread, write
 
@@ -433,6 +434,7 @@ def test_an_upgrade_in_a_turn(make_engine, tmp_path):
 
 def test_problems_are_in_the_status(make_engine):
     """What keeps turns from starting or ending well, and what to do; /health stays as it is."""
+    conftest.need("user namespaces")        # or there is another problem
     engine = make_engine(OPENAI_API_KEY="sk-x")
     assert engine.status()["problems"] == []
     os.rename(engine.workspace, engine.workspace + ".moved")

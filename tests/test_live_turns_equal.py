@@ -18,7 +18,7 @@ import pytest
 
 import harness
 import replicas_engine
-from conftest import real_codex
+from conftest import need, real_codex
 from replicas_engine import Codex, Settings, TurnOptions, codex_arguments, codex_environment
 from test_real_codex import QUIET, SCHEMA, data_url, images_of, png
 
@@ -398,6 +398,7 @@ def test_a_key_and_a_url_reach_codexs_own_provider(new_world):
 
 
 def test_deltas_are_a_preview_of_their_items(world):
+    need("user namespaces")                 # for a command in its sandbox
     world.new_workspace()
     events = world.live(directives("stream 30", "think so it is", "say Hello there, you",
                                    "run sleep 0.5; echo 1; sleep 0.2; echo 2", "say on"))

@@ -110,6 +110,8 @@ COMMANDS = {
                            2),
 }
 NOT_IN_THE_SANDBOX = ["in a PID namespace"]
+if conftest.lacks("user namespaces"):
+    del COMMANDS["in a PID namespace"]
 # By a later engine these can't be found in the process table, as nothing of the turn is on them.
 NOT_WITHOUT_CONTROL_GROUPS = ["without an environment"]
 
@@ -145,6 +147,8 @@ def run_for_long(engine, name, **options):
 @pytest.mark.parametrize("way, sandbox", [(way, "danger-full-access") for way in WAYS]
                          + [(WAYS[-1], "workspace-write")])
 def test_the_real_codex_and_all_it_runs(real_engine, way, sandbox):
+    if sandbox == "workspace-write":
+        conftest.need("user namespaces")
     engine, thread = real_engine(way), None
     for name in COMMANDS:
         if sandbox == "workspace-write" and name in NOT_IN_THE_SANDBOX:

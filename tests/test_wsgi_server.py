@@ -1105,10 +1105,17 @@ def test_too_many_connections(make_engine, tmp_path):
     """Streams have taken everything: one more is refused, /health still answers."""
     engine = make_engine(REPLICAS_ENGINE_MAX_CONNECTIONS="4")
     gate = hold_turn(engine, tmp_path)
-    streams = [Client(engine.port, request(b"GET /codex/events HTTP/1.1", KEY[:-2]))
-               for _ in range(4)]
-    for stream in streams:
-        assert stream.head()[0] == 200
+    streams = []
+
+    def enter():
+        """One that is let in: until the connection that began the turn is given up, it has room."""
+        stream = Client(engine.port, request(b"GET /codex/events HTTP/1.1", KEY[:-2]))
+        if stream.head()[0] == 200:
+            streams.append(stream)
+        else:
+            stream.close()
+        return len(streams) == 4
+    wait_for(enter)
     with Client(engine.port, request(b"HEAD /ping HTTP/1.1")) as client:
         assert client.answer(is_head=True)[0] == 503
         assert client.is_closed()

@@ -67,4 +67,6 @@ const clients = {
   },
 };
 
-clients[name]().then(() => show('end'));
+// Node would end while nothing is open between two connections, as no program with a purpose does
+const alive = setInterval(() => {}, 1000);
+clients[name]().then(() => show('end')).finally(() => clearInterval(alive));
