@@ -4724,12 +4724,13 @@ class Webhook:
                 "X-Replicas-Signature": "sha256=%s" % hmac.new(
                     self.secret, body, hashlib.sha256).hexdigest()})
             status = connection.getresponse().status
-            if too_late.is_set():           # what there was of a head passes for a whole one
-                raise TimeoutError("it takes longer than %g s" % WEBHOOK_PATIENCE)
+            self._check_time(too_late)      # what there was of a head passes for a whole one
         finally:
             timer.cancel()
             connection.close()
         if not 200 <= status < 300:         # a redirect isn't followed
+            connection.connect()
+            self._check_time(too_late)      # until now there may have been nothing to cut
             raise ValueError("it answered %d" % status)
 
     @staticmethod
@@ -4745,6 +4746,12 @@ class Webhook:
 # CodexRunner
 # ---------------------------------------------------------------------------------------------
 # What there is one of: the current thread, the turn in progress, the order of the turns' numbers.
+    @staticmethod
+    def _check_time(too_late):
+        """Raise TimeoutError if the try was given up."""
+        if too_late.is_set():
+            raise TimeoutError("it takes longer than %g s" % WEBHOOK_PATIENCE)
+
 # All of that changes under one lock, which is never held while anything is waited for; what takes
 # time happens in the turn's own thread or in the request's, before the lock or after it.
 

@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 import types
-import urllib.parse
 
 import pytest
 
@@ -126,6 +125,12 @@ def test_it_is_told_again_and_in_order(make_engine, receiver, what):
     assert "the webhook could not be told of a turn: " in engine.log()
 
 
+def webhook_of(receiver):
+    settings = replicas_engine.Settings({"REPLICAS_ENGINE_WEBHOOK_URL": receiver.url,
+                                         "REPLICAS_ENGINE_WEBHOOK_SECRET": SECRET})
+    return replicas_engine.Webhook(types.SimpleNamespace(settings=settings))
+
+
 def test_a_try_that_was_given_up_has_told_nothing(receiver, monkeypatch):
     """Even if the thread that gives up goes on after the answer's beginning was taken for all."""
     def give_up(*args):
@@ -134,10 +139,24 @@ def test_a_try_that_was_given_up_has_told_nothing(receiver, monkeypatch):
 
     monkeypatch.setattr(replicas_engine, "WEBHOOK_PATIENCE", 0.5)
     receiver.answers = ["dribble"]
-    webhook = types.SimpleNamespace(url=urllib.parse.urlsplit(receiver.url), secret=b"secret",
-                                    _give_up=give_up)
+    webhook = webhook_of(receiver)
+    monkeypatch.setattr(webhook, "_give_up", give_up)
     with pytest.raises((OSError, http.client.HTTPException)):
-        replicas_engine.Webhook._post(webhook, b"{}", "a key")
+        webhook._post(b"{}", "a key")
+
+
+def test_a_connection_that_comes_too_late(receiver, monkeypatch):
+    """The try is over by then: nothing is sent on it."""
+    monkeypatch.setattr(replicas_engine, "WEBHOOK_PATIENCE", 0.2)
+    webhook, given_up = webhook_of(receiver), threading.Event()
+    monkeypatch.setattr(webhook, "_give_up", lambda connection, too_late: (
+        replicas_engine.Webhook._give_up(connection, too_late), given_up.set()))
+    connect = http.client.HTTPConnection.connect
+    monkeypatch.setattr(http.client.HTTPConnection, "connect",
+                        lambda connection: (given_up.wait(), connect(connection)))
+    with pytest.raises(TimeoutError, match="longer than 0.2 s"):
+        webhook._post(b"{}", "key")
+    assert receiver.tries == []
 
 
 def test_a_receiver_that_is_down(make_engine):
