@@ -948,6 +948,11 @@ def prefers_async(request):
     return any(item.partition(";")[0].strip().lower() == "respond-async" for item in preferences)
 
 
+def accepts_events(request):
+    """Whether Accept names an event stream."""
+    return "text/event-stream" in (request.header("Accept") or "").lower()
+
+
 def accepts_gzip(request):
     """RFC 9110, 12.5.3: whether Accept-Encoding names gzip (or *) with a weight above 0."""
     weights = {}
@@ -5631,7 +5636,10 @@ class Application:
         if not isinstance(message, str) or not message.strip():
             raise HTTPError(400, "Message is required and must be a string",
                             "it is blank" if isinstance(message, str) and message else None)
-        if not prefers_async(request):
+        # Who queues a message may have both: a preference in general, and a stream here.
+        streams = not prefers_async(request) or (
+            body.get("when_busy") == "queue" and accepts_events(request))
+        if streams:
             check_room_for_stream(request)
         key = request.header("Idempotency-Key")
         if key is not None and not 1 <= len(key) <= 255:
@@ -5641,7 +5649,9 @@ class Application:
         if turn_log is None:
             turn_log, offset = self.runner.send(TurnOptions(body, self.settings), key, fingerprint)
         try:
-            if prefers_async(request):
+            if streams:
+                response = event_stream(request, turn_log, offset or turn_log.start)
+            else:
                 response = json_response(self._accepted(turn_log, offset), 202,
                                          [("Preference-Applied", "respond-async")])
             else:

@@ -85,6 +85,19 @@ def test_the_stream_begins_when_the_turn_does(busy):
         events = check_stream(list(read_events(response)))
     assert events == busy.events(2) and events[-2].type == "turn.completed"
 
+def test_a_stream_for_who_accepts_one(busy):
+    """Whatever it prefers elsewhere; and as well where nothing has to wait."""
+    both = dict(ASYNC, Accept="text/event-stream")
+    connection, response = busy.open("POST", "/codex/send",
+                                     {"message": "Say this", "when_busy": "queue"}, both)
+    with contextlib.closing(connection):
+        assert response.status == 200 and response.headers["X-Replicas-Turn-Id"] == "2"
+        busy.gate.touch()
+        assert check_stream(list(read_events(response)))[0].id == "2.1"
+    assert queue(busy, "And this", both).events()[0].id == "3.1"
+    assert busy.request("POST", "/codex/send", {"message": "x"}, both).status == 202
+
+
 
 def test_where_nothing_is_in_progress_it_starts_at_once(engine):
     answer = queue(engine, "Go").json()
