@@ -135,11 +135,14 @@ def test_it_waits_for_an_engine_and_stops_a_turn(client, engine):
     assert text in [data["item"]["text"] for _, data in events if "item" in data]
 
 
-def test_it_stops_where_it_is_refused(client, engine):
-    loop = Loop(client, engine, " ")
+@pytest.mark.parametrize("message, answer", [(" ", "Message is required"),
+                                             ("Hello", "workspace directory is missing")])
+def test_it_stops_where_it_is_refused(client, engine, message, answer):
+    os.rename(engine.workspace, engine.workspace + ".away")
+    loop = Loop(client, engine, message)
     assert loop.end() == 1
     with open(loop.path, encoding="utf-8") as file:
-        assert "Message is required" in file.read()
+        assert answer in file.read()
 
 
 # Killed at any moment
