@@ -1,5 +1,6 @@
 """Fixtures: engines, what tests need of the machine, and what no test may leave behind."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -170,3 +171,47 @@ def model(tmp_path_factory):
     process.stdin.close()
     process.wait()
     process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory):
+    """An engine with a turn behind it."""
+    engine = harness.Engine(tmp_path_factory.mktemp("used")).start()
+    engine.send("hello")
+    yield engine
+    engine.stop()
+
+
+class Disk:
+    """A file system that can be filled."""
+
+    def __init__(self, path):
+        self.ballast = os.path.join(path, "ballast")
+
+    def fill(self, but=0):
+        """Leave no more than `but` bytes of room."""
+        with open(self.ballast, "ab", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * 4096)
+            file.truncate(file.tell() - but)
+
+    def free(self):
+        os.unlink(self.ballast)
+
+
+@pytest.fixture
+def small_disk(make_engine, tmp_path):
+    """An engine whose state is on a file system of 400 KiB, and that file system."""
+    need("tmpfs")
+    state = tmp_path / "small"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k,mode=700", "tmpfs", str(state)],
+                   check=True)
+    engine = make_engine(start=False, REPLICAS_ENGINE_STATE=str(state))
+    engine.state = str(state)
+    try:
+        yield engine.start(), Disk(str(state))
+        engine.stop()
+    finally:
+        subprocess.run(["umount", "--lazy", str(state)], check=True)

@@ -84,15 +84,6 @@ def test_limits_and_words_are_those_of_the_engine():
         "^%s$" % replicas_engine.EVENT_TYPE.pattern)
 
 
-@pytest.fixture(scope="module")
-def used(tmp_path_factory):
-    """An engine with a turn behind it."""
-    engine = harness.Engine(tmp_path_factory.mktemp("used")).start()
-    engine.send("hello")
-    yield engine
-    engine.stop()
-
-
 def test_parameters_are_taken_as_documented_and_not_otherwise(used):
     for path, parameter in parameters():
         name, schema = parameter["name"], parameter["schema"]

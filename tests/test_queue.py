@@ -9,7 +9,6 @@ import time
 import pytest
 
 from harness import check_stream, read_events, script, wait_for
-from test_recovery import small_disk    # noqa: F401, a fixture
 
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
 ASYNC = {"Prefer": "respond-async"}
@@ -285,7 +284,7 @@ def test_what_an_engine_left_while_it_wrote(engine):
     assert engine.send("on")[0].id == "7.1"
 
 
-def test_a_full_disk_queues_nothing(small_disk, tmp_path):  # noqa: F811
+def test_a_full_disk_queues_nothing(small_disk, tmp_path):
     engine, disk = small_disk
     gate = str(tmp_path / "gate")
     engine.start_turn(gated(gate))

@@ -21,15 +21,6 @@ BLOCK = re.compile(r"```sh\n(.*?)```\n(?:```(json|text)\n(.*?)```)?", re.DOTALL)
 EXAMPLES = [match.groups() for match in BLOCK.finditer(readme()) if "curl" in match.group(1)]
 
 
-@pytest.fixture(scope="module")
-def used(tmp_path_factory):
-    """An engine with a turn behind it."""
-    engine = harness.Engine(tmp_path_factory.mktemp("used")).start()
-    engine.send("hello")
-    yield engine
-    engine.stop()
-
-
 def shape(value):
     """What an answer promises: its keys, in their order."""
     return {key: shape(item) if key in ("turn", "codex", "engine") else None

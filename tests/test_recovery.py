@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 
@@ -482,39 +481,6 @@ def test_a_turn_whose_codex_could_not_be_looked_at(engine):
 
 
 # A full disk
-
-@pytest.fixture
-def small_disk(make_engine, tmp_path):
-    """An engine whose state is on a file system of 400 KiB, and that file system."""
-    conftest.need("tmpfs")
-    state = tmp_path / "small"
-    state.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k,mode=700", "tmpfs", str(state)],
-                   check=True)
-    engine = make_engine(start=False, REPLICAS_ENGINE_STATE=str(state))
-    engine.state = str(state)
-    try:
-        yield engine.start(), Disk(str(state))
-        engine.stop()
-    finally:
-        subprocess.run(["umount", "--lazy", str(state)], check=True)
-
-
-class Disk:
-    def __init__(self, path):
-        self.ballast = os.path.join(path, "ballast")
-
-    def fill(self, but=0):
-        """Leave no more than `but` bytes of room."""
-        with open(self.ballast, "ab", buffering=0) as file:
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * 4096)
-            file.truncate(file.tell() - but)
-
-    def free(self):
-        os.unlink(self.ballast)
-
 
 def is_full(engine):
     return "its log can't be written" in engine.log()
