@@ -1036,6 +1036,7 @@ def check_secret(request, secret):
 EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
 EVENT_HEAD = re.compile(rb"id: [0-9]{1,15}\.([0-9]{1,15})\nevent: ([A-Za-z0-9._/-]+)\ndata: ")
 EVENT_TYPE = re.compile(r"[A-Za-z0-9._/-]+")
+THREAD_ID = r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}"
 TERMINAL = ("turn.completed", "turn.failed")
 DONE = (b"done", b"{}")
 MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
@@ -1052,12 +1053,15 @@ STOP_MESSAGES = {
 }
 
 
+def is_thread_id(value):
+    """Whether it can be a thread's id."""
+    return isinstance(value, str) and re.fullmatch(THREAD_ID, value) is not None
+
+
 def thread_id_of(event):
     """The thread id that a thread.started event names, or None if it names none fit for use."""
     thread_id = event.get("thread_id")
-    if isinstance(thread_id, str) and re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}", thread_id):
-        return thread_id
-    return None
+    return thread_id if is_thread_id(thread_id) else None
 
 
 def message_of(event):
@@ -2474,8 +2478,9 @@ class RolloutReader:
         self.file.close()
 
 
-ROLLOUT_NAME = re.compile(r"rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-([0-9A-Za-z][0-9A-Za-z_-]{0,127})"
-                          r"\.jsonl(?:\.zst)?")
+# Its groups: the name when it isn't compressed, the day, the thread's id
+ROLLOUT_NAME = re.compile(r"(rollout-(\d{4}-\d\d-\d\d)T\d\d-\d\d-\d\d-(%s)\.jsonl)(?:\.zst)?"
+                          % THREAD_ID)
 MAX_ROLLOUT_HEAD = 1024 * 1024             # bytes in which a thread's first message is looked for
 MAX_FIRST_MESSAGE = 2000                   # characters
 
@@ -2545,32 +2550,34 @@ class Rollouts:
 
     def _search(self, thread_id):
         """Look for the thread's file wherever Codex may have put it."""
-        name = re.compile(r"(rollout-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-%s\.jsonl)(?:\.zst)?"
-                          % re.escape(thread_id))
         for folder in self._folders(thread_id):
-            for entry in list_folder(folder):
-                match = thread_id in entry and name.fullmatch(entry)    # the first test is cheap
-                plain = match and os.path.join(folder, match.group(1))
-                if plain and existing_rollout(plain):
-                    self._found = (thread_id, plain)
-                    return existing_rollout(plain)
+            for name in list_folder(folder):
+                match = thread_id in name and ROLLOUT_NAME.fullmatch(name)  # the first is cheap
+                if match and match.group(3) == thread_id:
+                    plain = os.path.join(folder, match.group(1))
+                    if existing_rollout(plain):
+                        self._found = (thread_id, plain)
+                        return existing_rollout(plain)
         return None
+
+    def find_known(self, thread_id):
+        """The path of the thread's rollout.  Raises HTTPError 404 if Codex has none here."""
+        path = self.find(thread_id)
+        if path is None:
+            raise HTTPError(404, "No such thread", "Codex has no rollout of %s here: see "
+                            "GET /codex/threads" % thread_id)
+        return path
 
     def threads(self, limit, before=None):
         """The summaries of at most `limit` threads, the newest first, of those that began before
         the thread `before`.  What can't be read is left out.  Raises HTTPError 404."""
-        end, found = None, {}
-        if before is not None:
-            path = self.find(before)
-            if path is None:
-                raise HTTPError(404, "No such thread", "Codex has no rollout of %s here" % before)
-            end = os.path.basename(path)
-        # A rollout's name begins with the day whose folder it is in.
-        days = (day for day in self._days()
-                if end is None or day[-10:].replace("/", "-") <= end[len("rollout-"):][:10])
+        end = before and os.path.basename(self.find_known(before))
+        last_day, found = end and ROLLOUT_NAME.fullmatch(end).group(2), {}
+        days = (day for day in self._days()     # a rollout's name begins with that of its folder
+                if end is None or day[-len("2026/01/31"):].replace("/", "-") <= last_day)
         archived = self._names([self.archive])
         for name, path in heapq.merge(self._names(days), archived, reverse=True):
-            thread_id = ROLLOUT_NAME.fullmatch(name).group(1)
+            thread_id = ROLLOUT_NAME.fullmatch(name).group(3)
             if len(found) == limit:
                 break
             if thread_id not in found and (end is None or name < end and thread_id != before):
@@ -3029,7 +3036,7 @@ def _images(value, settings):
 
 def _thread(value, settings):
     """The id of a thread to go on with, or None for a new one."""
-    if value is not None and thread_id_of({"thread_id": value}) is None:
+    if value is not None and not is_thread_id(value):
         raise ValueError("must be the id of a thread, or null")
     return value
 
@@ -3103,7 +3110,8 @@ class TurnOptions:
         """A body that makes the same options later, though an image's file may be gone: bytes."""
         from base64 import b64encode        # wanted by few turns
         return json.dumps(dict(self.body, images=[
-            "data:image/%s;base64,%s" % (file.name.rpartition(".")[2], b64encode(file.data).decode())
+            "data:image/%s;base64,%s" % (file.name.rpartition(".")[2],
+                                         b64encode(file.data).decode())
             for file in self.images[1::2]])).encode()
 
     def is_live(self, version):
@@ -3946,6 +3954,8 @@ class Turn:
         self.folder = runner.state.files_folder(turn_id)
         # For everybody
         self.ready = threading.Event()
+        if log:
+            self.ready.set()
         self.over = threading.Event()
         self.problem = None
         self.log = log
@@ -3965,8 +3975,6 @@ class Turn:
         # Moments of time.monotonic
         self.started_at = time.monotonic()
         self.timed_from = self.started_at   # for REPLICAS_ENGINE_TURN_TIMEOUT
-        if log:
-            self.ready.set()
         # The stopper's
         self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None when there are none
         self._is_stopping = False
@@ -4537,7 +4545,7 @@ class StateDirectory:
                     raise ValueError("its number is too high")
                 with open_regular(path) as file:
                     thread_id = file.read(1000).decode("ascii", "replace")
-                return turn_id, thread_id_of({"thread_id": thread_id})
+                return turn_id, thread_id if is_thread_id(thread_id) else None
             except (OSError, ValueError) as error:
                 self.pass_over(path, error)
         return 0, None
@@ -4722,6 +4730,8 @@ class Webhook:
         timer.daemon = True
         timer.start()
         try:
+            connection.connect()
+            self._check_time(too_late)      # until now there may have been nothing to cut
             target = (url.path or "/") + ("?" + url.query if url.query else "")
             connection.request("POST", target, body, {
                 "Content-Type": "application/json", "Idempotency-Key": key,
@@ -4734,9 +4744,13 @@ class Webhook:
             timer.cancel()
             connection.close()
         if not 200 <= status < 300:         # a redirect isn't followed
-            connection.connect()
-            self._check_time(too_late)      # until now there may have been nothing to cut
             raise ValueError("it answered %d" % status)
+
+    @staticmethod
+    def _check_time(too_late):
+        """Raise TimeoutError if the try was given up."""
+        if too_late.is_set():
+            raise TimeoutError("it takes longer than %g s" % WEBHOOK_PATIENCE)
 
     @staticmethod
     def _give_up(connection, too_late):
@@ -4751,23 +4765,17 @@ class Webhook:
 # CodexRunner
 # ---------------------------------------------------------------------------------------------
 # What there is one of: the current thread, the turn in progress, the order of the turns' numbers.
-    @staticmethod
-    def _check_time(too_late):
-        """Raise TimeoutError if the try was given up."""
-        if too_late.is_set():
-            raise TimeoutError("it takes longer than %g s" % WEBHOOK_PATIENCE)
-
 # All of that changes under one lock, which is never held while anything is waited for; what takes
 # time happens in the turn's own thread or in the request's, before the lock or after it.
+
+MAX_QUEUED = 32                            # messages
+
 
 def _check_stopped(turn):
     """Raise HTTPError 500 that names what of the turn could not be stopped."""
     if turn and turn.left:
         raise HTTPError(500, "Not everything of the turn could be stopped", turn_id=turn.id,
                         processes=turn.left)
-
-
-MAX_QUEUED = 32                            # messages
 
 
 class CodexRunner:
@@ -4790,8 +4798,8 @@ class CodexRunner:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)       # there is a new log, or the engine ends
         self.current = None                 # the Turn in progress, its start and its end included
-        self.queue = {}                     # id -> Turn that waits, the next one first
-        self.writing = {}                   # id -> Turn that is just being put on the disk for that
+        self.queue = {}                     # id -> Turn that waits, the next one first; it isn't
+        #                                     ready while its message is put on the disk
         self.latest = 0                     # the id of the newest turn
         self.logged = 0                     # the id of the newest turn that has a log
         self.newest_log = None              # the TurnLog of the newest turn that was started
@@ -4838,12 +4846,12 @@ class CodexRunner:
                       for turn_log in unfinished if turn_log.is_queued}
         self.state.delete_messages(self.queue)
         broken = [turn_log for turn_log in unfinished if not turn_log.is_queued]
-        start_thread("recovery", self._recover, broken)
-        start_thread("sync", self._sync_logs)
-        if self.webhook:
+        if self.webhook:                    # what is ended now is news
             self.webhook.start()
         elif self.state.told() is not None:     # when there is one again, it begins anew
             self.state.write_told(None)
+        start_thread("recovery", self._recover, broken)
+        start_thread("sync", self._sync_logs)
 
     def _recover(self, broken):
         """The recovery thread: end what an earlier engine did not, one turn after the other."""
@@ -4904,7 +4912,8 @@ class CodexRunner:
             known = self.replay(key, fingerprint)
             if known:
                 return known, None
-            self._check_thread(options.thread_id(None))
+            if options.thread_id(None):
+                self.rollouts.find_known(options.thread_id(None))
             with explained("The turn can't be started", "send it again"), self.lock:
                 if key in self.keys or key in self.steers:      # just now
                     continue
@@ -4921,12 +4930,6 @@ class CodexRunner:
             else:
                 turn.start()
             return turn.log_once_started(), None
-
-    def _check_thread(self, thread_id):
-        """Raise HTTPError 404 if it is the id of a thread that Codex doesn't have here."""
-        if thread_id and not self.rollouts.find(thread_id):
-            raise HTTPError(404, "No such thread", "Codex has no rollout of %s here: see "
-                            "GET /codex/threads" % thread_id)
 
     def _await_steer(self, turn, steer, key, fingerprint):
         """Where in the turn's log the Steer's event comes.  Raises HTTPError 409."""
@@ -4953,18 +4956,17 @@ class CodexRunner:
         except Exception as error:          # whatever it is, nobody may wait for it for ever
             problem = not_startable(error)
         with self.lock:
-            del self.writing[turn.id]
             turn.log, turn.problem, turn.options = log, problem, None
-            is_cancelled = turn.id not in self.queue
             if log:
                 self._has_log(turn)
             else:
-                self.queue.pop(turn.id, None)
                 self._forget_keys(turn.id)
+            if problem or turn.stop_code:
+                del self.queue[turn.id]
             turn.ready.set()
-        if not log:
+        if problem:
             turn.be_over()
-        elif is_cancelled:
+        elif turn.stop_code:                # it was taken out meanwhile
             turn.end_unstarted()
         self.start_next()
 
@@ -5048,8 +5050,7 @@ class CodexRunner:
         """The id of the first turn that isn't over, or of the one that comes next."""
         with self.lock:
             current = [self.current.id] if self.current else []
-            return min([*current, *self.queue, *self.writing, *self.logs],
-                       default=self.latest + 1)
+            return min([*current, *self.queue, *self.logs], default=self.latest + 1)
 
     def next_log(self, turn_id, seconds):
         """The log of the first kept turn behind that one, or None if none comes in `seconds`.
@@ -5058,8 +5059,7 @@ class CodexRunner:
             self.changed.wait_for(lambda: self.logged > turn_id or self.closing, seconds)
             if self.closing and self.logged <= turn_id:
                 raise unavailable("The engine is shutting down", "come back in some seconds")
-            coming = {turn.id: turn for turn in (
-                self.current, *self.queue.values(), *self.writing.values()) if turn}
+            coming = {turn.id: turn for turn in (self.current, *self.queue.values()) if turn}
         with explained("The turns can't be listed", "come back"):
             ids = sorted({*coming, *self.state.turn_ids()})
         for wanted in filter(lambda kept: kept > turn_id, ids):
@@ -5069,8 +5069,8 @@ class CodexRunner:
             if not (turn and turn.problem):
                 with contextlib.suppress(NoSuchTurn):
                     return self.turn_log(wanted)
-        if self.logged > turn_id:           # it is no longer kept: wait for another
-            with self.lock:
+        with self.lock:
+            if self.logged > turn_id:       # it is no longer kept: wait for another
                 self.changed.wait(seconds)
         return None
 
@@ -5106,8 +5106,8 @@ class CodexRunner:
         return turn.id if turn and not turn.problem and turn.progress.terminal is None else None
 
     def reset(self):
-        """Stop the turn in progress and those that wait, and forget the thread.  Raises HTTPError 503, and 500 as
-        `interrupt` does, when the thread is forgotten."""
+        """Stop the turn in progress, empty the queue and forget the thread.  Raises HTTPError 503,
+        and 500 as `interrupt` does, when the thread is forgotten."""
         turn = self._stop_current("interrupted", forget=True)
         try:
             self.state.write_reset(self.reset_at[0])
@@ -5130,8 +5130,8 @@ class CodexRunner:
         if self.webhook:
             self.webhook.close()
         with self.lock:
-            writing = list(self.writing.values())
-        for turn in writing:                # no other engine gets the directory before that
+            queued = list(self.queue.values())
+        for turn in queued:                 # no other engine gets the directory before that
             turn.ready.wait()
         for turn in self.waiting():
             turn.log.leave()
@@ -5154,10 +5154,11 @@ class CodexRunner:
             if forget:
                 self.reset_at = (self.latest, None)
                 waiting, _ = self._take_out()
+        if turn:
+            self.stop(turn, code)
         for each in waiting:
             each.end_unstarted()
         if turn:
-            self.stop(turn, code)
             turn.over.wait()
         return turn
 
@@ -5172,8 +5173,9 @@ class CodexRunner:
 
     def _newest(self):
         """The id of the newest turn that was started, or 0."""
-        turn = self.current or self.newest_log
-        return 0 if turn is None else turn.id if turn is self.current else turn.turn_id
+        if self.current:
+            return self.current.id
+        return self.newest_log.turn_id if self.newest_log else 0
 
     def _new_turn(self, options, key, fingerprint):
         """A Turn, the one in progress or in the queue.  Raises HTTPError and OSError."""
@@ -5193,7 +5195,7 @@ class CodexRunner:
         if key is not None:
             self.keys[key] = (turn.id, fingerprint)
         if busy:
-            self.queue[turn.id] = self.writing[turn.id] = turn
+            self.queue[turn.id] = turn
         else:
             self.current = turn
         return turn
@@ -5211,11 +5213,15 @@ class CodexRunner:
 
     def _take_out(self, turn_id=None):
         """Take a turn, or every one, out of the queue: those to be ended, and how many in all; who
-        writes one that isn't ready yet will end it."""
-        turns = [turn for turn in self.queue.values() if turn_id in (None, turn.id)]
+        writes one that isn't ready yet takes it out and ends it."""
+        turns = [turn for turn in self.queue.values()
+                 if turn_id in (None, turn.id) and not turn.stop_code]
+        ready = [turn for turn in turns if turn.ready.is_set()]
         for turn in turns:
+            turn.stop_code = "cancelled"
+        for turn in ready:
             del self.queue[turn.id]
-        return [turn for turn in turns if turn.ready.is_set()], len(turns)
+        return ready, len(turns)
 
     def _has_log(self, turn):
         """A turn has a log that isn't finished; whoever waits for one goes on."""
@@ -5231,7 +5237,7 @@ class CodexRunner:
         """The Turn with the id, if it is the one in progress or waits."""
         if self.current and self.current.id == turn_id:
             return self.current
-        return self.queue.get(turn_id) or self.writing.get(turn_id)
+        return self.queue.get(turn_id)
 
     # For a turn's thread, as the turn goes on
 
@@ -5520,8 +5526,6 @@ class Problems:
 MAX_HEALTH_BODY = 64 * 1024                # bytes that a client without the secret may send
 MAX_WAIT = 300                             # seconds that a request for a result may wait
 WARNING_INTERVAL = 60.0                    # seconds between two warnings of refused secrets
-
-
 DEFAULT_THREADS, MAX_THREADS = 50, 1000    # of an answer
 
 
@@ -5654,8 +5658,6 @@ class Application:
             else:
                 response = json_response(self._accepted(turn_log, offset), 202,
                                          [("Preference-Applied", "respond-async")])
-            else:
-                response = event_stream(request, turn_log, offset or turn_log.start)
         except HTTPError as error:          # which must not read as if nothing had been started
             raise HTTPError(error.status, error.body["error"], "turn %d was started, see GET "
                             "/codex/events: %s" % (turn_log.turn_id, error.body["details"]),
@@ -5757,7 +5759,7 @@ class Application:
         query = request.query()
         limit = whole_number(query, "limit", least=1, most=MAX_THREADS) or DEFAULT_THREADS
         before = query.get("before")
-        if before is not None and thread_id_of({"thread_id": before}) is None:
+        if before is not None and not is_thread_id(before):
             raise bad_parameter("before", "must be the id of a thread")
         return json_response({"threads": self.runner.rollouts.threads(limit, before)})
 

@@ -84,6 +84,7 @@ def test_the_stream_begins_when_the_turn_does(busy):
         events = check_stream(list(read_events(response)))
     assert events == busy.events(2) and events[-2].type == "turn.completed"
 
+
 def test_a_stream_for_who_accepts_one(busy):
     """Whatever it prefers elsewhere; and as well where nothing has to wait."""
     both = dict(ASYNC, Accept="text/event-stream")
@@ -95,7 +96,6 @@ def test_a_stream_for_who_accepts_one(busy):
         assert check_stream(list(read_events(response)))[0].id == "2.1"
     assert queue(busy, "And this", both).events()[0].id == "3.1"
     assert busy.request("POST", "/codex/send", {"message": "x"}, both).status == 202
-
 
 
 def test_where_nothing_is_in_progress_it_starts_at_once(engine):
@@ -143,6 +143,36 @@ def test_a_message_is_taken_out(busy):
     assert waiting(busy.restart()) == [] and busy.status()["thread_id"] == thread_id
     assert busy.request("GET", "/codex/queue/4").status == 405
     assert busy.request("DELETE", "/codex/turns/4").status == 405
+
+
+@pytest.mark.parametrize("path", ["DELETE /codex/queue", "POST /codex/reset"])
+def test_one_is_taken_out_while_it_is_written(busy, path):
+    """It is answered, and ends as cancelled; what comes later waits as ever."""
+    answers, over = [], threading.Event()
+
+    def send(number):
+        answers.append(queue(busy, "%d %s" % (number, "x" * 3000000)))
+
+    def take_out():
+        while not over.is_set():
+            busy.request(*path.split())
+    taker = threading.Thread(target=take_out)
+    senders = [threading.Thread(target=send, args=(number,)) for number in range(12)]
+    taker.start()
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join()
+    over.set()
+    taker.join()
+    busy.request(*path.split())
+    assert {answer.status for answer in answers} == {202}
+    for answer in answers:
+        turn = answer.json()["turn_id"]
+        assert result(busy, turn)["error"]["code"] in ("cancelled", "interrupted")
+    assert waiting(busy) == []
+    assert not [name for name in os.listdir(os.path.join(busy.state, "turns"))
+                if name.endswith(".message")]
 
 
 def test_a_cancelled_one_is_not_the_thread(engine, tmp_path):
