@@ -40,9 +40,12 @@ def tree(extra=(), suite=SUITE):
     with open(os.path.join(CACHE, name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.isdir(path):
-            shutil.rmtree(path + ".new", ignore_errors=True)
-            subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", "--include=" + packages,
-                            suite, path + ".new"], check=True, stdin=subprocess.DEVNULL)
+            subprocess.run(["rm", "-rf", "--one-file-system", path + ".new"], check=True)
+            # It binds this machine's /dev and more into the tree.  In a namespace of its own that
+            # goes with it, however it ends: else who deletes the tree would delete those.
+            subprocess.run(["unshare", "--mount", "mmdebstrap", "--quiet", "--variant=minbase",
+                            "--include=" + packages, suite, path + ".new"], check=True,
+                           stdin=subprocess.DEVNULL)
             subprocess.run(["chroot", path + ".new", "useradd", "--create-home",
                             "--shell", "/bin/bash", "ubuntu"], check=True)
             with open(path + ".new/etc/hosts", "w") as hosts:

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -37,6 +38,24 @@ def machine():
 def installed(machine):
     machine.install()
     return machine
+
+
+def test_a_machine_that_is_killed_while_it_is_made_leaves_no_mount(tmp_path, monkeypatch):
+    """Or who deletes .cache afterwards deletes what is in this machine's /dev/shm."""
+    program = tmp_path / "bin" / "mmdebstrap"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nfor tree; do :; done\nmkdir -p "$tree/dev"\n'
+                       'mount --bind %s "$tree/dev" || exit 1\nkill -KILL $$\n' % tmp_path)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent) + os.pathsep + os.environ["PATH"])
+    monkeypatch.setattr(packaging_machine, "CACHE", str(tmp_path / "machines"))
+    for _ in range(2):                      # and the next one begins anew
+        with pytest.raises(subprocess.CalledProcessError) as caught:
+            packaging_machine.tree()
+        assert caught.value.returncode == -signal.SIGKILL
+        with open("/proc/self/mountinfo") as mounts:
+            assert str(tmp_path) not in mounts.read()
+    assert program.exists()
 
 
 def build_deb(folder, version=None):
