@@ -465,18 +465,24 @@ class StderrHandler(logging.Handler):
         self.emit(record)
 
     def emit(self, record):
-        """What logging calls with a record, from any thread."""
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        """What logging calls with a record, from any thread.  It never raises: whoever logs a
+        failure has still to deal with it, on a machine that is perhaps out of everything."""
+        text = str(record.msg)
+        try:
+            text = record.getMessage()
+            if record.exc_info:             # a traceback reads the lines of the source
+                text += "\n" + logging.Formatter().formatException(record.exc_info)
+        except Exception as error:
+            text += " (the rest can't be shown: %s)" % type(error).__name__
         self.put(record.levelno, text)
 
     def put(self, level, text):
-        """Have `text` written soon."""
-        if self.waiting.qsize() < MAX_WAITING_LINES:
-            self.waiting.put(self._line(level, text))
-        else:
-            self.dropped += 1
+        """Have `text` written soon, if there is room for it."""
+        with contextlib.suppress(MemoryError):
+            if self.waiting.qsize() < MAX_WAITING_LINES:
+                self.waiting.put(self._line(level, text))
+                return
+        self.dropped += 1
 
     def _line(self, level, text):
         """The bytes of a line, or of several where the text has line ends."""
@@ -1592,7 +1598,7 @@ class EventStream:
             if turn_log:
                 self.file, self.offset = turn_log.open_file(), turn_log.start
                 self.log = turn_log
-        except HTTPError:                   # the engine ends, or the log is in no order
+        except (HTTPError, OSError, MemoryError):   # the engine ends, or the log can't be read
             raise StopIteration from None
 
     def close(self):
@@ -5776,7 +5782,7 @@ class Application:
         for position, turn in enumerate(turns, 1):
             try:
                 message = self.runner.state.load_message(turn.id).get("message")
-            except (OSError, ValueError):   # it has begun
+            except (FileNotFoundError, ValueError):     # it has begun, or never will
                 continue
             yield begin + json_bytes({"turn_id": turn.id, "position": position, "message": message,
                                       "queued_at": turn.log.header.get("queued_at")})
@@ -6583,11 +6589,12 @@ class WSGIRequestHandler:
         except Disconnected:
             outcome = "%s, client gone" % (answer.status_line or "")[:3]
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("the application failed")
             self.closing = True
             if not answer.head_sent:
-                self.refuse(BadRequest(500, "the engine's log says more"), answer.is_head)
+                status = 503 if isinstance(error, (OSError, MemoryError)) else 500
+                self.refuse(BadRequest(status, "the engine's log says more"), answer.is_head)
         finally:
             self.log_request(environ, outcome)
 

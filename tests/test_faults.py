@@ -222,6 +222,15 @@ def test_what_cannot_be_looked_at_is_closed(faulty, path):
         engine.settle()
 
 
+def test_a_failure_whose_traceback_cannot_be_shown(faulty):
+    engine = faulty()
+    for calls in (["os.listdir"], ["os.listdir", "os.stat"]):   # a known source is looked at again
+        engine.fail(calls=calls, probability=1, threads="connection.*", errors=["MemoryError"])
+        assert engine.request("GET", "/codex/turns").status == 503
+        engine.heal()
+    wait_for(lambda: "GET /codex/turns failed (the rest can't be shown: Mem" in engine.log())
+
+
 def start_under_faults(engine, **plan):
     """Whether it started in spite of them; if not it said why."""
     begin = len(engine.log())
