@@ -1370,10 +1370,10 @@ class TurnLog:
 
     def discard(self):
         """Delete it, or else make it none: its turn never was."""
-        with contextlib.suppress(OSError):
-            try:
-                os.unlink(self.path)
-            except OSError:
+        try:
+            os.unlink(self.path)
+        except (OSError, MemoryError):
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, 0)
         self._close()
 

@@ -231,6 +231,18 @@ def test_a_failure_whose_traceback_cannot_be_shown(faulty):
     wait_for(lambda: "GET /codex/turns failed (the rest can't be shown: Mem" in engine.log())
 
 
+def test_a_log_that_can_be_neither_written_nor_deleted(faulty):
+    """Its turn never was, and it is not left open."""
+    engine = faulty()
+    for errors in (["MemoryError"], ["EIO"]):
+        engine.fail(calls=["os.pwrite", "os.unlink"], probability=1, threads="turn .*",
+                    errors=errors)
+        assert engine.post("/codex/send", {"message": "Hello"}).status == 503
+        engine.heal()
+        engine.settle()
+    assert engine.send("Hello")[0].id == "1.1"
+
+
 def start_under_faults(engine, **plan):
     """Whether it started in spite of them; if not it said why."""
     begin = len(engine.log())
