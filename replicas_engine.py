@@ -1037,7 +1037,22 @@ def check_secret(request, secret):
 # Events
 # ---------------------------------------------------------------------------------------------
 # What a turn consists of, as Codex prints it and as clients get it: a type and JSON text, in one
-# line of a text/event-stream (HTML standard, 9.2) each.
+# line of a text/event-stream (HTML standard, 9.2) each.  A turn's log is such a stream:
+#
+#     : {"turn":7,"started_at":"…","thread_id":"…","mark":"…",…}      the header, a comment
+#
+#     id: 7.1
+#     event: thread.started
+#     data: {"type":"thread.started","thread_id":"…"}
+#
+#     …
+#     id: 7.9
+#     event: done
+#     data: {}
+#
+# An event's data has no line end of its own, so b"\n\nid: 7.5\n" stands in the file just once and
+# finding an event is finding that.  When it came isn't written: the file was last modified when its
+# last event was appended.
 
 EVENT = b"id: %d.%d\nevent: %b\ndata: %b\n\n"
 EVENT_HEAD = re.compile(rb"id: [0-9]{1,15}\.([0-9]{1,15})\nevent: ([A-Za-z0-9._/-]+)\ndata: ")
@@ -1057,6 +1072,13 @@ STOP_MESSAGES = {
     "shutdown": "The engine was shut down during the turn",
     "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
 }
+
+
+class NoSuchTurn(HTTPError):
+    """The turn was never started, or is no longer kept."""
+
+    def __init__(self, details):
+        super().__init__(404, "No such turn", details)
 
 
 def is_thread_id(value):
@@ -1086,6 +1108,15 @@ def failure(message, code):
                                          "error": {"message": message, "code": code}}))]
 
 
+def _parse_header(text):
+    """The header's object.  Raises ValueError if it isn't one that an engine wrote."""
+    header = json_object(text.decode())
+    for key in ("started_at", "thread_id", "mark", "key", "fingerprint"):
+        if not isinstance(header.get(key), (str, type(None))):
+            raise ValueError("%s in its header is not a string" % key)
+    return header
+
+
 def _parse_event(frame):
     """(number, type, data) of an event's lines.  Raises ValueError."""
     head = EVENT_HEAD.match(frame)
@@ -1107,23 +1138,6 @@ def _thread_started(frame):
 # ---------------------------------------------------------------------------------------------
 # Turn log
 # ---------------------------------------------------------------------------------------------
-# A log is a text/event-stream (HTML standard, 9.2) as it goes out, event by event:
-#
-#     : {"turn":7,"started_at":"…","thread_id":"…","mark":"…",…}      the header, a comment
-#
-#     id: 7.1
-#     event: thread.started
-#     data: {"type":"thread.started","thread_id":"…"}
-#
-#     …
-#     id: 7.9
-#     event: done
-#     data: {}
-#
-# An event's data has no line end of its own, so b"\n\nid: 7.5\n" stands in the file just once and
-# finding an event is finding that.  When it came isn't written: the file was last modified when its
-# last event was appended.
-#
 # What of a log is where, while its turn runs:
 #
 #     in the file      header | event | event | event | room for more, and for an ending (zeros)
@@ -1144,22 +1158,6 @@ ENDING_ROOM = 32 * 1024                    # bytes: two events with such a messa
 ROOM_STEP = 64 * 1024                      # bytes that the disk is asked for at once
 MAX_UNFINISHED = 2 * MAX_EVENT             # bytes behind the last event that a crash may leave
 POWER_CUT_GAP = 1000000                    # numbers that are left out: see finish
-
-
-class NoSuchTurn(HTTPError):
-    """The turn was never started, or is no longer kept."""
-
-    def __init__(self, details):
-        super().__init__(404, "No such turn", details)
-
-
-def _parse_header(text):
-    """The header's object.  Raises ValueError if it isn't one that an engine wrote."""
-    header = json_object(text.decode())
-    for key in ("started_at", "thread_id", "mark", "key", "fingerprint"):
-        if not isinstance(header.get(key), (str, type(None))):
-            raise ValueError("%s in its header is not a string" % key)
-    return header
 
 
 def _reader(file, base=0):
@@ -3158,6 +3156,44 @@ class Steer:
         self.answered.set()
 
 
+TOO_LATE = "the turn ended before it: send it as a message of its own"
+
+
+class Steers:
+    """The messages that are to cut into a turn, between their senders and the turn's thread."""
+
+    def __init__(self, lock):
+        self.lock = lock                    # the runner's; guards the next
+        self.waiting = queue.SimpleQueue()  # of Steers; None once the turn takes no more
+
+    def put(self, steer):
+        """Have a Steer answered, once the turn's alarm is rung; to be called with the lock."""
+        if self.waiting is not None:
+            self.waiting.put(steer)
+        else:
+            steer.answer(TOO_LATE)
+
+    def pass_on(self, run, log, is_over):
+        """Hand on what is to cut in, when Codex has begun with the turn's own message."""
+        while run.driver.begun and not self.waiting.empty():
+            steer = self.waiting.get()
+            steer.offset = log.size
+            if is_over:
+                steer.answer(TOO_LATE)
+            else:
+                run.send(run.driver.steer(steer))
+
+    def close(self, run):
+        """No message cuts into this turn any more; its CodexRun, if there was one, answers none."""
+        with self.lock:
+            waiting, self.waiting = self.waiting, None
+        while not waiting.empty():
+            waiting.get().answer(TOO_LATE)
+        for steer in run.driver.steers.values() if run else ():
+            steer.answer("Codex ended before it answered: see GET /codex/history for whether the "
+                         "message is in the thread")
+
+
 class Refused(Exception):
     """The app-server doesn't take the turn, or speaks otherwise than we know; nothing was begun."""
 
@@ -3319,7 +3355,6 @@ MAX_JOINED = 4 * 1024                      # for so many bytes, or another event
 MAX_DELTAS = 8 * 1024 * 1024               # bytes of a turn's deltas, which then end
 
 INITIALIZE, LOGIN, THREAD, TURN, INTERRUPT, STEER = range(1, 7)     # ids of requests, and more
-TOO_LATE = "the turn ended before it: send it as a message of its own"
 
 
 class AppServer:
@@ -3865,8 +3900,14 @@ class CodexRun:
 
 
 # ---------------------------------------------------------------------------------------------
-# Progress of a turn
+# A turn's progress and its stop
 # ---------------------------------------------------------------------------------------------
+# What a turn's thread asks when it has nothing to relay: for how long may Codex be silent?  And
+# whoever stops the turn for it, since that takes seconds, in which Codex's last words want reading.
+
+ACCEPT_PATIENCE = 30.0                     # seconds that an app-server has to take a turn
+EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
+
 
 def _item_id(item):
     """An item's id, or None for what is none."""
@@ -3874,14 +3915,22 @@ def _item_id(item):
 
 
 class Progress:
-    """What a turn's events tell: what is under way, and how Codex ended the turn."""
+    """What a turn's events tell: what is under way, how Codex ended the turn, and until when the
+    next one has to come."""
 
-    def __init__(self):
+    def __init__(self, settings):
+        self.settings = settings
         self.items = set()                  # ids of the items in progress
         self.terminal = None                # the type of the event with which Codex ended it
         self.complaint = None               # what Codex's last `error` said, if nothing came after
-        # Moments of time.monotonic: of the last event that was progress, and of the terminal one
-        self.last_at = self.ended_at = time.monotonic()
+        # Moments of time.monotonic: from when the turn's time-out counts, when the last event was
+        # that was progress, and when the terminal one
+        self.timed_from = self.last_at = self.ended_at = time.monotonic()
+
+    def begin(self):
+        """All time-outs count from now on: the turn begins, or a paused machine goes on."""
+        self.timed_from = time.monotonic()
+        self.start_anew()
 
     def start_anew(self):
         """Begin to wait now: until now it was not Codex that kept us waiting."""
@@ -3923,9 +3972,69 @@ class Progress:
             self.complaint = message_of(event.get("error"))
         self.ended_at = time.monotonic()
 
+    def deadlines(self, driver, is_unwanted, holding):
+        """What Codex has to do by when: pairs of a moment of time.monotonic and the code of what
+        happens else, None where Codex has only to exit.  It is unwanted when the turn is stopped;
+        `holding`: it waits for our disk."""
+        ended_at = driver.ended_at or self.terminal and self.ended_at
+        if ended_at:
+            yield ended_at + (INTERRUPT_PATIENCE if is_unwanted else EXIT_PATIENCE), None
+        elif self.settings.turn_timeout:
+            yield self.timed_from + self.settings.turn_timeout, "timeout"
+        if self.settings.idle_timeout and not (self.items or self.terminal or holding):
+            yield self.last_at + self.settings.idle_timeout, "stalled"
+        if not driver.accepted:
+            yield self.last_at + ACCEPT_PATIENCE, "refused"
+
     LESSONS = {"error": _complained, "thread.started": _thread_started,
                "item.started": _item_started, "item.completed": _item_completed,
                "turn.completed": _turn_ended, "turn.failed": _turn_ended}
+
+
+class Stopper:
+    """Stops what belongs to a turn, when it is told to, in a thread of its own.
+
+    That is there from the turn's start, since there may be too many threads when it is needed; it
+    ends with the turn.
+    """
+
+    def __init__(self, turn_id, alarm):
+        self.turn_id = turn_id
+        self.alarm = alarm                  # to ring when it is done
+        self.is_stopping = False
+        self.stopped = threading.Event()    # whatever could be stopped was
+        self.left = []                      # what could not, as TurnProcesses.stop says
+        self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None to end without
+
+    def start(self):
+        """Have it wait for an order.  Raises RuntimeError if there are too many threads."""
+        start_thread("stop turn %d" % self.turn_id, self._stop_when_told)
+
+    def order(self, turn_processes):
+        """Have it begin, once."""
+        if not self.is_stopping:
+            self.is_stopping = True
+            self._orders.put(turn_processes)
+
+    def close(self):
+        """Let its thread go."""
+        self._orders.put(None)
+
+    def stop(self, turn_processes):
+        """Stop them now, in the caller's thread."""
+        try:
+            self.left = turn_processes.stop()
+        except Exception as error:          # it can't look: what it doesn't see may be there
+            logger.error("turn %d: it can't be told what is left of it: %s", self.turn_id, error)
+            self.left = [{"pid": turn_processes.pid, "command": None}]
+
+    def _stop_when_told(self):
+        """The thread."""
+        turn_processes = self._orders.get()
+        if turn_processes:
+            self.stop(turn_processes)
+        self.stopped.set()
+        self.alarm.ring()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3935,8 +4044,6 @@ class Progress:
 # prints until it exits or is stopped.  Then another may start, and readers see the ending.
 
 ASK_PATIENCE = 1.0                         # seconds that Codex has to interrupt a turn by itself
-ACCEPT_PATIENCE = 30.0                     # seconds that an app-server has to take a turn
-EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
 DISK_PATIENCE = 1.0                        # seconds between two tries to write to a full disk
 LOOK_INTERVAL = 5.0                        # seconds between two looks at the deadlines, at most
 PAUSE = 5.0                                # seconds that a look is late when the machine was paused
@@ -3965,27 +4072,21 @@ class Turn:
         self.over = threading.Event()
         self.problem = None
         self.log = log
-        self.left = []                      # what could not be stopped, as TurnProcesses.stop says
         self.stop_code = None               # why it is being stopped; guarded by the runner's lock
         self.alarm = Alarm()                # rung when there is something to look at
-        self.steers = queue.SimpleQueue()   # of Steers; None once the turn takes no more, which the
-        #                                     runner's lock guards
+        self.steers = Steers(runner.lock)
         # Its own thread's
         self.thread_id = None               # the one to resume
         self.codex = None
         self.version = None                 # what it says, such as "0.169.0"
         self.run = None                     # the CodexRun
         self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
-        self.progress = Progress()
+        self.progress = Progress(self.settings)
         self.trouble = None                 # what went wrong in the engine itself
+        self.stopper = Stopper(turn_id, self.alarm)
         # Moments of time.monotonic
         self.started_at = time.monotonic()
-        self.timed_from = self.started_at   # for REPLICAS_ENGINE_TURN_TIMEOUT
-        # The stopper's
-        self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None when there are none
-        self._is_stopping = False
         self._asked_until = 0.0             # Codex was asked to end the turn, and has until then
-        self._stopped = threading.Event()
 
     # For any thread but its own
 
@@ -4011,13 +4112,6 @@ class Turn:
             raise HTTPError(*self.problem.args)     # a new one: it will hold its stack's frames
         return self.log
 
-    def steer(self, steer):
-        """Have a Steer answered, once the alarm is rung; to be called with the runner's lock."""
-        if self.steers is not None:
-            self.steers.put(steer)
-        else:
-            steer.answer(TOO_LATE)
-
     # Its own thread, in the order in which things happen
 
     def _main(self):
@@ -4039,8 +4133,8 @@ class Turn:
         except Exception as error:          # whatever it is, no reason to leave Codex running
             logger.exception("turn %d: the engine failed", self.id)
             self.trouble = "%s: %s" % (type(error).__name__, error)
-            self._order_stop()
-            self._stopped.wait()
+            self.stopper.order(self.run.processes)
+            self.stopper.stopped.wait()
         finally:
             self._end()
 
@@ -4048,7 +4142,8 @@ class Turn:
         """Start Codex, which does nothing before it has its prompt, and then the log."""
         waited = self.log is not None
         if waited:
-            self.started_at = self.timed_from = time.monotonic()
+            self.started_at = time.monotonic()
+            self.progress.begin()
             with explained("The message can't be read", "send it again"):
                 self.options = TurnOptions(self.runner.state.load_message(self.id), self.settings)
         self.thread_id = self.options.thread_id(self.runner.thread_id)
@@ -4061,8 +4156,7 @@ class Turn:
             self.options.write_files(self.folder)
         mounts = [os.path.join(self.settings.workspace, name) for name in SANDBOX_MOUNTS]
         self.absent = [path for path in mounts if not os.path.lexists(path)]
-        # Before it is needed: there may be too many threads then.
-        start_thread("stop turn %d" % self.id, self._stop_when_told)
+        self.stopper.start()
         with explained("Codex can't be started", "see CODEX_PATH"):
             self._launch(self.thread_id, self.options.is_live(version_numbers(self.version)))
         with explained("The turn's log can't be written", make_room):
@@ -4094,7 +4188,7 @@ class Turn:
     def _relay_again(self, thread_id, why):
         """Have another run of Codex take the message, of which the last one took nothing."""
         logger.warning("turn %d: %s", self.id, why)
-        self.left = self._stop_all(self.run.processes)      # it may hold the thread
+        self.stopper.stop(self.run.processes)       # it may hold the thread
         self.run.exited.wait()
         self.run.close()
         self._launch(thread_id, live=False)
@@ -4118,7 +4212,7 @@ class Turn:
                 stack.callback(self.ready.set)
                 stack.callback(self.runner.not_started, self)
             stack.callback(self._leave)
-            stack.callback(self._refuse_steers)
+            stack.callback(self.steers.close, self.run)
             if self.run:
                 self.run.child.kill()
 
@@ -4126,7 +4220,7 @@ class Turn:
         """Let Codex have its prompt and publish what it prints, until it has exited and all of that
         is in the log, or the turn was stopped."""
         run, drained = self.run, False
-        while not (self._stopped.is_set() or run.refused):
+        while not (self.stopper.stopped.is_set() or run.refused):
             if run.exited.is_set() and not drained:
                 drained = True
                 self._drain()
@@ -4134,13 +4228,13 @@ class Turn:
                 break
             self._hold_back(self.log.error is not None)
             self._exchange()
-            self._pass_on_steers()
+            self.steers.pass_on(run, self.log, self.stop_code or self.progress.terminal)
             if self.stop_code:
                 self._stop()
         if not drained:
             self._drain()
-        if self._is_stopping:
-            self._stopped.wait()
+        if self.stopper.is_stopping:
+            self.stopper.stopped.wait()
 
     def _drain(self):
         """Publish what Codex printed last."""
@@ -4154,19 +4248,8 @@ class Turn:
         if time.monotonic() > begin + seconds + PAUSE:
             logger.warning("turn %d: the machine stood still for %d s: its time-outs begin anew",
                            self.id, time.monotonic() - begin - seconds)
-            self.timed_from = time.monotonic()
-            self.progress.start_anew()
+            self.progress.begin()
         self._publish(self.run.take_events())
-
-    def _pass_on_steers(self):
-        """Hand on what is to cut in, when Codex has begun with the turn's own message."""
-        while self.run.driver.begun and not self.steers.empty():
-            steer = self.steers.get()
-            steer.offset = self.log.size
-            if self.stop_code or self.progress.terminal:
-                steer.answer(TOO_LATE)
-            else:
-                self.run.send(self.run.driver.steer(steer))
 
     def _hold_back(self, holding):
         """While the disk takes nothing, Codex waits; what doesn't pass by itself ends the turn."""
@@ -4178,62 +4261,30 @@ class Turn:
     def _stop(self):
         """Have the stopper begin, when Codex was asked and had its time; not if the turn has ended
         by itself and that is in the log."""
-        if self._is_stopping or self.progress.terminal and self.log.flush():
+        if self.stopper.is_stopping or self.progress.terminal and self.log.flush():
             return
         request, now = self.run.driver.interrupt(), time.monotonic()
         if request:
             self.run.send(request)
             self._asked_until = now + ASK_PATIENCE
         if now >= self._asked_until or self.run.driver.over:
-            self._order_stop()
-
-    def _order_stop(self):
-        """Have the stopper begin, once."""
-        if not self._is_stopping:
-            self._is_stopping = True
-            self._orders.put(self.run.processes)
-
-    def _stop_when_told(self):
-        """The stopper, a thread of its own, since Codex's last words want reading meanwhile."""
-        processes_to_stop = self._orders.get()
-        if processes_to_stop:
-            self.left = self._stop_all(processes_to_stop)
-        self._stopped.set()
-        self.alarm.ring()
-
-    def _stop_all(self, processes_to_stop):
-        """Stop processes: what of them is left."""
-        try:
-            return processes_to_stop.stop()
-        except Exception as error:          # it can't look: what it doesn't see may be there
-            logger.error("turn %d: it can't be told what is left of it: %s", self.id, error)
-            return [{"pid": processes_to_stop.pid, "command": None}]
+            self.stopper.order(self.run.processes)
 
     def _next_look(self):
         """Seconds until the next deadline; what is past its deadline is stopped."""
         holding = self.log.error is not None
         waits = [DISK_PATIENCE if holding else LOOK_INTERVAL]
-        if self._is_stopping:
+        if self.stopper.is_stopping:
             return waits[0]
         if self._asked_until and not self.progress.terminal:
             return min(waits[0], max(0.0, self._asked_until - time.monotonic()))
-        now, deadlines = time.monotonic(), []
-        ended_at = self.run.driver.ended_at or self.progress.terminal and self.progress.ended_at
-        if ended_at:
-            patience = INTERRUPT_PATIENCE if self.stop_code else EXIT_PATIENCE
-            deadlines.append((ended_at + patience, None))
-        elif self.settings.turn_timeout:
-            deadlines.append((self.timed_from + self.settings.turn_timeout, "timeout"))
-        if self.settings.idle_timeout and not (
-                self.progress.items or self.progress.terminal or holding):
-            deadlines.append((self.progress.last_at + self.settings.idle_timeout, "stalled"))
-        if not self.run.driver.accepted:
-            deadlines.append((self.progress.last_at + ACCEPT_PATIENCE, "refused"))
-        for deadline, code in deadlines:
+        now = time.monotonic()
+        for deadline, code in self.progress.deadlines(self.run.driver, self.stop_code, holding):
             if now >= deadline:
                 self._too_late(code)
                 return 0 if code else DISK_PATIENCE
-        return min(waits + [deadline - now for deadline, _ in deadlines])
+            waits.append(deadline - now)
+        return min(waits)
 
     def _too_late(self, code):
         """A deadline has passed; the code says which, None that of Codex's exit."""
@@ -4272,19 +4323,10 @@ class Turn:
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
         with contextlib.ExitStack() as stack:           # the last one first
             for step in (self.runner.prune, self.run.processes.discard, reap_orphans, self._release,
-                         self.be_over, self._await_exit, self._finish_log, self._leave,
-                         self._refuse_steers, self._give_up_pending):
+                         self.be_over, self._await_exit, self._finish_log, self._leave):
                 stack.callback(step)
-
-    def _refuse_steers(self):
-        """No message cuts into this turn any more."""
-        with self.runner.lock:
-            waiting, self.steers = self.steers, None
-        while not waiting.empty():
-            waiting.get().answer(TOO_LATE)
-        for steer in self.run.driver.steers.values() if self.run else ():
-            steer.answer("Codex ended before it answered: see GET /codex/history for whether the "
-                         "message is in the thread")
+            stack.callback(self.steers.close, self.run)
+            stack.callback(self._give_up_pending)
 
     def _give_up_pending(self):
         """Nobody gets the events that the log could not take, nor an end that was among them."""
@@ -4354,7 +4396,7 @@ class Turn:
         """Tell whoever waits for the end, and let the stopper go."""
         if not self.over.is_set():
             self.over.set()
-            self._orders.put(None)          # its stopper may go
+            self.stopper.close()
             self.alarm.close()
 
 
@@ -4623,6 +4665,305 @@ class StateDirectory:
 
 
 # ---------------------------------------------------------------------------------------------
+# Conversation
+# ---------------------------------------------------------------------------------------------
+# What there is one of, and what can be asked of it: the current thread, the turn in progress, those
+# that wait, the logs of all that are kept.  What is done to it stands below, in CodexRunner.  All
+# of it changes under one lock, which is never held while anything is waited for.
+
+MAX_QUEUED = 32                            # messages
+
+
+class Conversation:
+    """The turns: the one in progress, those that wait and those that were.
+
+    The thread is the newest turn's, unless a reset is behind it.  A turn is known by its Turn while
+    it is in progress or waits, by its TurnLog while that isn't finished, and else by its file.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.state = StateDirectory(settings.state)
+        self.recovered = threading.Event()  # what an earlier engine left is in order
+        self.wake_webhook = lambda: None    # to be called when a turn may be over
+        # Guards what follows; never held while anything is waited for.
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)       # there is a new log, or the engine ends
+        self.current = None                 # the Turn in progress, its start and its end included
+        self.queue = {}                     # id -> Turn that waits, the next one first; it isn't
+        #                                     ready while its message is put on the disk
+        self.latest = 0                     # the id of the newest turn
+        self.logged = 0                     # the id of the newest turn that has a log
+        self.newest_log = None              # the TurnLog of the newest turn that was started
+        self.reset_at = (0, None)           # (turn id, thread id): what the thread is up to a turn
+        self.logs = {}                      # id -> TurnLog of the turns whose log isn't finished
+        self.unfinished = {}                # id -> the ending that such a log could not take
+        self._finishing = threading.Lock()  # one thread at a time tries again with those
+        self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
+        self.steers = {}                    # Idempotency-Key -> Steer that isn't answered yet
+        self.closing = False
+
+    def _load_turns(self):
+        """Read what is in the state directory: the logs of turns that were cut short.  Raises
+        OSError."""
+        logs, newest = self.state.load_logs()
+        self.reset_at = self.state.load_reset(newest)
+        self.latest = max(newest, self.reset_at[0])     # that turn's log may have been lost
+        self.logged = newest
+        for turn_log in logs:
+            if turn_log.header.get("key"):
+                self.keys[turn_log.header["key"]] = (turn_log.turn_id,
+                                                     turn_log.header.get("fingerprint"))
+        started = [turn_log for turn_log in logs if "queued_at" not in turn_log.header]
+        self.newest_log = started[-1] if started else None
+        unfinished = [turn_log for turn_log in logs if not turn_log.finished]
+        self.logs = {turn_log.turn_id: turn_log for turn_log in unfinished}
+        self.queue = {turn_log.turn_id: Turn(self, turn_log.turn_id, log=turn_log)
+                      for turn_log in unfinished if turn_log.is_queued}
+        self.state.delete_messages(self.queue)
+        return [turn_log for turn_log in unfinished if not turn_log.is_queued]
+
+    # What the API asks for, from any thread
+
+    @property
+    def thread_id(self):
+        """The current thread, or None."""
+        with self.lock:
+            return self._thread()
+
+    def is_running(self):
+        """Whether a turn is in progress."""
+        with self.lock:
+            return self.current is not None
+
+    def waiting(self):
+        """The Turns whose messages wait, the next one first."""
+        with self.lock:
+            return [turn for turn in self.queue.values() if turn.ready.is_set()]
+
+    def turn_log(self, turn_id=None):
+        """The log of a kept turn, by default of the newest.
+
+        Raises HTTPError 404, 503, and what kept Codex from starting if it was just about to.
+        """
+        with self.lock:
+            wanted, turn_id = turn_id, self._newest() if turn_id is None else turn_id
+            turn_log = self.logs.get(turn_id)
+            turn = self._in_progress(turn_id)
+        if turn:
+            turn.ready.wait()
+            if turn.problem and wanted is None:         # the newest is another one now
+                return self.turn_log()
+            return turn.log_once_started()
+        if turn_log:
+            self.recovered.wait()           # with its ending, or as far as there is one
+            return turn_log
+        try:
+            return TurnLog.open(self.state.turn_path(turn_id))
+        except (FileNotFoundError, ValueError):
+            raise NoSuchTurn("there was no turn yet" if not self.latest else "turn %d was never "
+                             "started, or is no longer kept" % turn_id) from None
+        except OSError as error:
+            raise unavailable("The turn's log can't be read", error.strerror) from None
+
+    def first_unfinished(self):
+        """The id of the first turn that isn't over, or of the one that comes next."""
+        with self.lock:
+            current = [self.current.id] if self.current else []
+            return min([*current, *self.queue, *self.logs], default=self.latest + 1)
+
+    def next_log(self, turn_id, seconds):
+        """The log of the first kept turn behind that one, or None if none comes in `seconds`.
+        Raises HTTPError 503 when the engine ends."""
+        with self.lock:
+            self.changed.wait_for(lambda: self.logged > turn_id or self.closing, seconds)
+            if self.closing and self.logged <= turn_id:
+                raise unavailable("The engine is shutting down", "come back in some seconds")
+            coming = {turn.id: turn for turn in (self.current, *self.queue.values()) if turn}
+        with explained("The turns can't be listed", "come back"):
+            ids = sorted({*coming, *self.state.turn_ids()})
+        for wanted in filter(lambda kept: kept > turn_id, ids):
+            turn = coming.get(wanted)       # one behind it may have its log earlier
+            if turn and not turn.ready.wait(seconds):
+                return None
+            if not (turn and turn.problem):
+                with contextlib.suppress(NoSuchTurn):
+                    return self.turn_log(wanted)
+        with self.lock:
+            if self.logged > turn_id:       # it is no longer kept: wait for another
+                self.changed.wait(seconds)
+        return None
+
+    def results(self, wanted, with_message=False):
+        """The results of the kept turns `wanted`, a list of ids, newest first.  Raises HTTPError.
+        """
+        usages, results = {}, []            # thread id -> the usage of its turn before, or None
+        for turn_id in self.state.turn_ids():
+            if turn_id > max(wanted, default=0):
+                break
+            try:
+                turn_log = self.turn_log(turn_id)
+                result = turn_result(turn_log, with_message and turn_id in wanted)
+            except NoSuchTurn:
+                continue
+            except HTTPError:               # it can't be read, which costs itself alone
+                if wanted == [turn_id]:
+                    raise
+                usages.clear()
+                continue
+            usage, thread_id = result["usage"], turn_log.thread_id
+            result["turn_usage"] = own_usage(turn_log, usage, usages.get(thread_id))
+            usages[thread_id] = usage
+            if turn_id in wanted:
+                results.insert(0, result)
+        return results
+
+    def replay(self, key, fingerprint):
+        """The TurnLog of the turn that `key` started, or None.  Raises HTTPError 422 and 503."""
+        self.recovered.wait()
+        with self.lock:
+            steer = self.steers.get(key)
+        if steer:
+            steer.settled.wait()
+        with self.lock:
+            turn_id, known = self.keys.get(key, (None, fingerprint))
+            turn = self._in_progress(turn_id)
+        if known != fingerprint:
+            raise HTTPError(422, "Idempotency-Key was used with another request",
+                            "turn %d was started with this key and another body: "
+                            "use a new key for every message" % turn_id)
+        if turn_id is None:
+            return None
+        try:
+            return turn.log_once_started() if turn else self.turn_log(turn_id)
+        except NoSuchTurn:                  # pruned this moment, or somebody has deleted it
+            with self.lock:
+                self._forget_keys(turn_id)
+            return None
+
+    # For who has the lock
+
+    def _thread(self):
+        """The current thread: the newest turn's, unless a reset is behind it."""
+        turn_id, thread_id = self.reset_at
+        if self.newest_log and self.newest_log.turn_id > turn_id:
+            return self.newest_log.thread_id
+        return thread_id
+
+    def _newest(self):
+        """The id of the newest turn that was started, or 0."""
+        if self.current:
+            return self.current.id
+        return self.newest_log.turn_id if self.newest_log else 0
+
+    def _in_progress(self, turn_id):
+        """The Turn with the id, if it is the one in progress or waits."""
+        if self.current and self.current.id == turn_id:
+            return self.current
+        return self.queue.get(turn_id)
+
+    def _new_turn(self, options, key, fingerprint):
+        """A Turn, the one in progress or in the queue.  Raises HTTPError and OSError."""
+        if self.closing:
+            raise HTTPError(503, "The engine is shutting down", "send it again in some seconds",
+                            [("Retry-After", "5")])
+        busy = self.current or next(iter(self.queue.values()), None)
+        if busy and options.when_busy != "queue":
+            raise HTTPError(409, "A turn is already in progress",
+                            "wait for its end, follow it with GET /codex/events, stop it with "
+                            "POST /codex/interrupt, or send with when_busy", turn_id=busy.id)
+        if len(self.queue) >= MAX_QUEUED:
+            raise HTTPError(429, "The queue is full", "%d messages wait: send it again when a turn "
+                            "is over, or see DELETE /codex/queue" % MAX_QUEUED)
+        turn = Turn(self, self.latest + 1, options)
+        self.latest = turn.id
+        if key is not None:
+            self.keys[key] = (turn.id, fingerprint)
+        if busy:
+            self.queue[turn.id] = turn
+        else:
+            self.current = turn
+        return turn
+
+    def _withdraw(self, turn):
+        """The turn never was: no id, no key."""
+        if self.latest == turn.id:          # else another one waits behind it
+            self.latest -= 1
+        self.reset_at = (min(self.reset_at[0], self.latest), self.reset_at[1])
+        self._forget_keys(turn.id)
+
+    def _forget_thread(self):
+        """The next turn begins a new one."""
+        self.reset_at = (self.latest, None)
+
+    def _has_log(self, turn, started=False):
+        """A turn has a log that isn't finished; whoever waits for one goes on."""
+        if started:
+            self.newest_log = turn.log
+        self.logs[turn.id] = turn.log
+        self.logged = max(self.logged, turn.id)
+        self.changed.notify_all()
+
+    def _forget_keys(self, turn_id):
+        """The turn's key may be used again."""
+        self.keys = {key: value for key, value in self.keys.items() if value[0] != turn_id}
+
+    # The logs' headers and endings, for a turn's thread and for who recovers
+
+    def _with_key(self, turn, header):
+        """A log's header with the turn's key."""
+        with self.lock:
+            for key, (turn_id, fingerprint) in self.keys.items():
+                if turn_id == turn.id:
+                    header.update(key=key, fingerprint=fingerprint)
+        return header
+
+    def finish_log(self, turn_log, ending, before_publishing=lambda: None):
+        """Give a log its ending, now or when the disk takes it."""
+        try:
+            turn_log.finish(ending, before_publishing)
+        except OSError as error:
+            if turn_log.turn_id not in self.unfinished:
+                logger.error("turn %d: its ending can't be written: %s: make room in %s; it is "
+                             "tried again every second", turn_log.turn_id, error.strerror,
+                             self.settings.state)
+            with self.lock:
+                self.unfinished[turn_log.turn_id] = ending
+        else:
+            with self.lock:
+                self.logs.pop(turn_log.turn_id, None)
+                self.unfinished.pop(turn_log.turn_id, None)
+            self.state.delete_message(turn_log.turn_id)
+            self.wake_webhook()
+
+    def _finish_left(self):
+        """Write the endings that a log could not take.  Raises HTTPError 503."""
+        with self._finishing:
+            with self.lock:
+                left = [(self.logs[turn_id], ending) for turn_id, ending in self.unfinished.items()]
+            for turn_log, ending in left:
+                self.finish_log(turn_log, ending)
+        if self.unfinished:
+            raise unavailable("The ending of an earlier turn can't be written",
+                              "make room in %s" % self.settings.state)
+
+    def prune(self):
+        """Delete what is no longer kept."""
+        try:
+            self.state.delete_old(self._forget_turn)
+        except OSError as error:
+            logger.error("old turns can't be deleted: %s", error)
+
+    def _forget_turn(self, turn_id):
+        """Whether the turn's log may be deleted; its key is then forgotten."""
+        with self.lock:
+            if turn_id in self.logs or self.newest_log and turn_id == self.newest_log.turn_id:
+                return False                # the thread is read from the newest that was started
+            self._forget_keys(turn_id)
+            return True
+
+
+# ---------------------------------------------------------------------------------------------
 # Webhook
 # ---------------------------------------------------------------------------------------------
 # One thread, which tells an URL of one finished turn after the other, each until it is taken.  What
@@ -4770,52 +5111,29 @@ class Webhook:
 # ---------------------------------------------------------------------------------------------
 # CodexRunner
 # ---------------------------------------------------------------------------------------------
-# What there is one of: the current thread, the turn in progress, the order of the turns' numbers.
-# All of that changes under one lock, which is never held while anything is waited for; what takes
-# time happens in the turn's own thread or in the request's, before the lock or after it.
-
-MAX_QUEUED = 32                            # messages
-
+# What is done to the conversation: what the API orders, and what a turn's thread reports.  What
+# takes time happens in the turn's own thread or in the request's, before the lock or after it.
 
 def _check_stopped(turn):
     """Raise HTTPError 500 that names what of the turn could not be stopped."""
-    if turn and turn.left:
+    if turn and turn.stopper.left:
         raise HTTPError(500, "Not everything of the turn could be stopped", turn_id=turn.id,
-                        processes=turn.left)
+                        processes=turn.stopper.left)
 
 
-class CodexRunner:
-    """The conversation: the thread, the turn in progress, those that wait and those that were.
-
-    The thread is the newest turn's, unless a reset is behind it.
-    """
+class CodexRunner(Conversation):
+    """What happens to the conversation: turns start, wait, are stopped and end."""
 
     def __init__(self, settings):
-        self.settings = settings
-        self.state = StateDirectory(settings.state)
+        super().__init__(settings)
         self.rollouts = Rollouts(settings.codex_home)
         self.finder = CodexFinder(settings)
         self.started_at = timestamp()
-        self.recovered = threading.Event()  # what an earlier engine left is in order
         self.on_change = lambda: None       # called when a turn has begun or ended
         self.webhook = Webhook(self) if settings.webhook_url else None
+        if self.webhook:
+            self.wake_webhook = self.webhook.wake.set
         self.last_failure = None            # why the newest turn failed, if it did
-        # Guards what follows; never held while anything is waited for.
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)       # there is a new log, or the engine ends
-        self.current = None                 # the Turn in progress, its start and its end included
-        self.queue = {}                     # id -> Turn that waits, the next one first; it isn't
-        #                                     ready while its message is put on the disk
-        self.latest = 0                     # the id of the newest turn
-        self.logged = 0                     # the id of the newest turn that has a log
-        self.newest_log = None              # the TurnLog of the newest turn that was started
-        self.reset_at = (0, None)           # (turn id, thread id): what the thread is up to a turn
-        self.logs = {}                      # id -> TurnLog of the turns whose log isn't finished
-        self.unfinished = {}                # id -> the ending that such a log could not take
-        self._finishing = threading.Lock()  # one thread at a time tries again with those
-        self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
-        self.steers = {}                    # Idempotency-Key -> Steer that isn't answered yet
-        self.closing = False
         self._closed = threading.Event()
 
     # Starting with the process
@@ -4834,24 +5152,9 @@ class CodexRunner:
             raise
 
     def _load(self):
-        """Read what is in the state directory.  Raises OSError."""
+        """Begin with what is in the state directory.  Raises OSError."""
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-        logs, newest = self.state.load_logs()
-        self.reset_at = self.state.load_reset(newest)
-        self.latest = max(newest, self.reset_at[0])     # that turn's log may have been lost
-        self.logged = newest
-        for turn_log in logs:
-            if turn_log.header.get("key"):
-                self.keys[turn_log.header["key"]] = (turn_log.turn_id,
-                                                     turn_log.header.get("fingerprint"))
-        started = [turn_log for turn_log in logs if "queued_at" not in turn_log.header]
-        self.newest_log = started[-1] if started else None
-        unfinished = [turn_log for turn_log in logs if not turn_log.finished]
-        self.logs = {turn_log.turn_id: turn_log for turn_log in unfinished}
-        self.queue = {turn_log.turn_id: Turn(self, turn_log.turn_id, log=turn_log)
-                      for turn_log in unfinished if turn_log.is_queued}
-        self.state.delete_messages(self.queue)
-        broken = [turn_log for turn_log in unfinished if not turn_log.is_queued]
+        broken = self._load_turns()
         if self.webhook:                    # what is ended now is news
             self.webhook.start()
         elif self.state.told() is not None:     # when there is one again, it begins anew
@@ -4895,17 +5198,6 @@ class CodexRunner:
                 self.start_next()
 
     # What the API asks for, from any thread
-
-    @property
-    def thread_id(self):
-        """The current thread, or None."""
-        with self.lock:
-            return self._thread()
-
-    def is_running(self):
-        """Whether a turn is in progress."""
-        with self.lock:
-            return self.current is not None
 
     def send(self, options, key=None, fingerprint=None):
         """Start a turn with the message, or do what its `when_busy` says, or find the turn that
@@ -4979,8 +5271,7 @@ class CodexRunner:
     def start_next(self):
         """Let the first message that waits have its turn, if it is time, and the disk has taken the
         endings of those before it."""
-        if self.webhook:
-            self.webhook.wake.set()
+        self.wake_webhook()
         with self.lock:
             turn = next(iter(self.queue.values()), None)
             if not (turn and turn.ready.is_set() and self.recovered.is_set()) or (
@@ -4998,111 +5289,6 @@ class CodexRunner:
             turn.end_unstarted()
         self.start_next()
         return count
-
-    def waiting(self):
-        """The Turns whose messages wait, the next one first."""
-        with self.lock:
-            return [turn for turn in self.queue.values() if turn.ready.is_set()]
-
-    def replay(self, key, fingerprint):
-        """The TurnLog of the turn that `key` started, or None.  Raises HTTPError 422 and 503."""
-        self.recovered.wait()
-        with self.lock:
-            steer = self.steers.get(key)
-        if steer:
-            steer.settled.wait()
-        with self.lock:
-            turn_id, known = self.keys.get(key, (None, fingerprint))
-            turn = self._in_progress(turn_id)
-        if known != fingerprint:
-            raise HTTPError(422, "Idempotency-Key was used with another request",
-                            "turn %d was started with this key and another body: "
-                            "use a new key for every message" % turn_id)
-        if turn_id is None:
-            return None
-        try:
-            return turn.log_once_started() if turn else self.turn_log(turn_id)
-        except NoSuchTurn:                  # pruned this moment, or somebody has deleted it
-            with self.lock:
-                self._forget_keys(turn_id)
-            return None
-
-    def turn_log(self, turn_id=None):
-        """The log of a kept turn, by default of the newest.
-
-        Raises HTTPError 404, 503, and what kept Codex from starting if it was just about to.
-        """
-        with self.lock:
-            wanted, turn_id = turn_id, self._newest() if turn_id is None else turn_id
-            turn_log = self.logs.get(turn_id)
-            turn = self._in_progress(turn_id)
-        if turn:
-            turn.ready.wait()
-            if turn.problem and wanted is None:         # the newest is another one now
-                return self.turn_log()
-            return turn.log_once_started()
-        if turn_log:
-            self.recovered.wait()           # with its ending, or as far as there is one
-            return turn_log
-        try:
-            return TurnLog.open(self.state.turn_path(turn_id))
-        except (FileNotFoundError, ValueError):
-            raise NoSuchTurn("there was no turn yet" if not self.latest else "turn %d was never "
-                             "started, or is no longer kept" % turn_id) from None
-        except OSError as error:
-            raise unavailable("The turn's log can't be read", error.strerror) from None
-
-    def first_unfinished(self):
-        """The id of the first turn that isn't over, or of the one that comes next."""
-        with self.lock:
-            current = [self.current.id] if self.current else []
-            return min([*current, *self.queue, *self.logs], default=self.latest + 1)
-
-    def next_log(self, turn_id, seconds):
-        """The log of the first kept turn behind that one, or None if none comes in `seconds`.
-        Raises HTTPError 503 when the engine ends."""
-        with self.lock:
-            self.changed.wait_for(lambda: self.logged > turn_id or self.closing, seconds)
-            if self.closing and self.logged <= turn_id:
-                raise unavailable("The engine is shutting down", "come back in some seconds")
-            coming = {turn.id: turn for turn in (self.current, *self.queue.values()) if turn}
-        with explained("The turns can't be listed", "come back"):
-            ids = sorted({*coming, *self.state.turn_ids()})
-        for wanted in filter(lambda kept: kept > turn_id, ids):
-            turn = coming.get(wanted)       # one behind it may have its log earlier
-            if turn and not turn.ready.wait(seconds):
-                return None
-            if not (turn and turn.problem):
-                with contextlib.suppress(NoSuchTurn):
-                    return self.turn_log(wanted)
-        with self.lock:
-            if self.logged > turn_id:       # it is no longer kept: wait for another
-                self.changed.wait(seconds)
-        return None
-
-    def results(self, wanted, with_message=False):
-        """The results of the kept turns `wanted`, a list of ids, newest first.  Raises HTTPError.
-        """
-        usages, results = {}, []            # thread id -> the usage of its turn before, or None
-        for turn_id in self.state.turn_ids():
-            if turn_id > max(wanted, default=0):
-                break
-            try:
-                turn_log = self.turn_log(turn_id)
-                result = turn_result(turn_log, with_message and turn_id in wanted)
-            except NoSuchTurn:
-                continue
-            except HTTPError:               # it can't be read, which costs itself alone
-                if wanted == [turn_id]:
-                    raise
-                usages.clear()
-                continue
-            usage, thread_id = result["usage"], turn_log.thread_id
-            result["turn_usage"] = own_usage(turn_log, usage, usages.get(thread_id))
-            usages[thread_id] = usage
-            if turn_id in wanted:
-                results.insert(0, result)
-        return results
 
     def interrupt(self):
         """Stop the turn in progress; its id when nothing of it is left, None if there was none.
@@ -5158,7 +5344,7 @@ class CodexRunner:
         with self.lock:
             turn = self.current
             if forget:
-                self.reset_at = (self.latest, None)
+                self._forget_thread()
                 waiting, _ = self._take_out()
         if turn:
             self.stop(turn, code)
@@ -5170,42 +5356,6 @@ class CodexRunner:
 
     # For who has the lock
 
-    def _thread(self):
-        """The current thread: the newest turn's, unless a reset is behind it."""
-        turn_id, thread_id = self.reset_at
-        if self.newest_log and self.newest_log.turn_id > turn_id:
-            return self.newest_log.thread_id
-        return thread_id
-
-    def _newest(self):
-        """The id of the newest turn that was started, or 0."""
-        if self.current:
-            return self.current.id
-        return self.newest_log.turn_id if self.newest_log else 0
-
-    def _new_turn(self, options, key, fingerprint):
-        """A Turn, the one in progress or in the queue.  Raises HTTPError and OSError."""
-        if self.closing:
-            raise HTTPError(503, "The engine is shutting down", "send it again in some seconds",
-                            [("Retry-After", "5")])
-        busy = self.current or next(iter(self.queue.values()), None)
-        if busy and options.when_busy != "queue":
-            raise HTTPError(409, "A turn is already in progress",
-                            "wait for its end, follow it with GET /codex/events, stop it with "
-                            "POST /codex/interrupt, or send with when_busy", turn_id=busy.id)
-        if len(self.queue) >= MAX_QUEUED:
-            raise HTTPError(429, "The queue is full", "%d messages wait: send it again when a turn "
-                            "is over, or see DELETE /codex/queue" % MAX_QUEUED)
-        turn = Turn(self, self.latest + 1, options)
-        self.latest = turn.id
-        if key is not None:
-            self.keys[key] = (turn.id, fingerprint)
-        if busy:
-            self.queue[turn.id] = turn
-        else:
-            self.current = turn
-        return turn
-
     def _steer(self, options, key):
         """A Steer of the turn in progress.  Raises HTTPError 409."""
         if options.images:
@@ -5214,7 +5364,7 @@ class CodexRunner:
         steer = Steer(options.message)
         if key is not None:
             self.steers[key] = steer
-        self.current.steer(steer)
+        self.current.steers.put(steer)
         return steer
 
     def _take_out(self, turn_id=None):
@@ -5228,22 +5378,6 @@ class CodexRunner:
         for turn in ready:
             del self.queue[turn.id]
         return ready, len(turns)
-
-    def _has_log(self, turn):
-        """A turn has a log that isn't finished; whoever waits for one goes on."""
-        self.logs[turn.id] = turn.log
-        self.logged = max(self.logged, turn.id)
-        self.changed.notify_all()
-
-    def _forget_keys(self, turn_id):
-        """The turn's key may be used again."""
-        self.keys = {key: value for key, value in self.keys.items() if value[0] != turn_id}
-
-    def _in_progress(self, turn_id):
-        """The Turn with the id, if it is the one in progress or waits."""
-        if self.current and self.current.id == turn_id:
-            return self.current
-        return self.queue.get(turn_id)
 
     # For a turn's thread, as the turn goes on
 
@@ -5270,19 +5404,10 @@ class CodexRunner:
             return turn.log
         return self.state.create_log(turn.id, header)
 
-    def _with_key(self, turn, header):
-        """A log's header with the turn's key."""
-        with self.lock:
-            for key, (turn_id, fingerprint) in self.keys.items():
-                if turn_id == turn.id:
-                    header.update(key=key, fingerprint=fingerprint)
-        return header
-
     def started(self, turn):
         """Codex has its prompt, and the turn is on the disk."""
         with self.lock:
-            self._has_log(turn)
-            self.newest_log = turn.log
+            self._has_log(turn, started=True)
         self._tell()
 
     def not_started(self, turn):
@@ -5291,41 +5416,8 @@ class CodexRunner:
             turn.log.discard()
         with self.lock:
             self.current = None
-            if self.latest == turn.id:      # else another one waits behind it
-                self.latest -= 1
-            self.reset_at = (min(self.reset_at[0], self.latest), self.reset_at[1])
-            self._forget_keys(turn.id)
+            self._withdraw(turn)
         self.start_next()
-
-    def finish_log(self, turn_log, ending, before_publishing=lambda: None):
-        """Give a log its ending, now or when the disk takes it."""
-        try:
-            turn_log.finish(ending, before_publishing)
-        except OSError as error:
-            if turn_log.turn_id not in self.unfinished:
-                logger.error("turn %d: its ending can't be written: %s: make room in %s; it is "
-                             "tried again every second", turn_log.turn_id, error.strerror,
-                             self.settings.state)
-            with self.lock:
-                self.unfinished[turn_log.turn_id] = ending
-        else:
-            with self.lock:
-                self.logs.pop(turn_log.turn_id, None)
-                self.unfinished.pop(turn_log.turn_id, None)
-            self.state.delete_message(turn_log.turn_id)
-            if self.webhook:
-                self.webhook.wake.set()
-
-    def _finish_left(self):
-        """Write the endings that a log could not take.  Raises HTTPError 503."""
-        with self._finishing:
-            with self.lock:
-                left = [(self.logs[turn_id], ending) for turn_id, ending in self.unfinished.items()]
-            for turn_log, ending in left:
-                self.finish_log(turn_log, ending)
-        if self.unfinished:
-            raise unavailable("The ending of an earlier turn can't be written",
-                              "make room in %s" % self.settings.state)
 
     def release(self, turn):
         """The turn in progress is as good as over: another may start."""
@@ -5340,21 +5432,6 @@ class CodexRunner:
         """Call on_change."""
         with contextlib.suppress(OSError, MemoryError):     # systemd's status line is late
             self.on_change()
-
-    def prune(self):
-        """Delete what is no longer kept."""
-        try:
-            self.state.delete_old(self._forget_turn)
-        except OSError as error:
-            logger.error("old turns can't be deleted: %s", error)
-
-    def _forget_turn(self, turn_id):
-        """Whether the turn's log may be deleted; its key is then forgotten."""
-        with self.lock:
-            if turn_id in self.logs or self.newest_log and turn_id == self.newest_log.turn_id:
-                return False                # the thread is read from the newest that was started
-            self._forget_keys(turn_id)
-            return True
 
 
 # ---------------------------------------------------------------------------------------------
