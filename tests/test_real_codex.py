@@ -191,6 +191,21 @@ def test_a_conversation(real):
         assert [json.loads(line) for line in file] == history["events"]
 
 
+def test_what_each_turn_of_a_thread_used(real):
+    """From 0.98 on Codex says what the whole thread used, be the turns live or not."""
+    for number in range(3):
+        options = {"deltas": True} if number == 1 and real.version >= (0, 98) else {}
+        real.completed("say %s" % "word " * (number + 1), new=not number, **options)
+    turns = real.engine.get("/codex/turns?limit=3").json()["turns"]
+    own = [turn["turn_usage"] for turn in turns]
+    if real.version < (0, 98):
+        assert own == [turn["usage"] for turn in turns]
+        return
+    whole = turns[0]["usage"]
+    assert whole["input_tokens"] > max(usage["input_tokens"] for usage in own) > 0
+    assert {key: sum(usage[key] for usage in own) for key in whole} == whole
+
+
 @pytest.mark.parametrize("status", ["401", "500"])
 def test_a_model_that_answers_with_an_error(real, status):
     events, _ = real.turn("status " + status)

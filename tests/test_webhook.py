@@ -187,6 +187,40 @@ def test_a_receiver_that_is_down(make_engine):
         receiver.close()
 
 
+class Hour:
+    """The event that a webhook's pauses wait for, on a clock that goes only while it waits."""
+
+    def __init__(self):
+        self.now, self.pauses = 0.0, []
+
+    def is_set(self):
+        return self.now > 2 * 3600
+
+    def wait(self, seconds):
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def test_a_receiver_that_is_down_for_an_hour(receiver):
+    """It is tried again at ever longer intervals, of a quarter of an hour at most, and then told
+    everything in order."""
+    webhook, told = webhook_of(receiver), []
+    webhook._closed = hour = Hour()
+
+    def tell_next():
+        if hour.now < 3600:
+            raise ConnectionRefusedError("Connection refused")
+        told.append(len(told) + 1)
+        if len(told) == 3:
+            hour.now = 3 * 3600
+        return True
+
+    webhook._tell_next = tell_next
+    webhook._run()
+    assert told == [1, 2, 3] and webhook.last_error is None
+    assert hour.pauses == [1, 5, 25, 125, 625, 900, 900, 900, 900]
+
+
 def test_only_turns_from_now_on(make_engine, receiver):
     """Those before it was set, or while it wasn't, are no news."""
     engine = make_engine()

@@ -106,6 +106,33 @@ def p99_of_pings(engine, condition):
     return sorted(took)[int(len(took) * 0.99)] * 1000
 
 
+def write_threads(codex_home, count):
+    """The rollouts of so many threads, one every five minutes: some hundred KB each, if sparse."""
+    head = json.dumps({"timestamp": "2026-01-01T00:00:00.000Z", "type": "session_meta",
+                       "payload": {"instructions": "x" * 8000}}) + "\n"
+    for number in range(count):
+        began = time.gmtime(1780000000 + number * 300)
+        folder = os.path.join(codex_home, time.strftime("sessions/%Y/%m/%d", began))
+        os.makedirs(folder, exist_ok=True)
+        name = time.strftime("rollout-%Y-%m-%dT%H-%M-%S-", began) + (
+            "%08x-bceb-7731-b607-e9d22c190000.jsonl" % number)
+        with open(os.path.join(folder, name), "w", encoding="ascii") as file:
+            file.write(head + json.dumps({"type": "event_msg", "payload": {
+                "type": "user_message", "message": "message %d" % number}}) + "\n")
+            file.truncate(100000)
+
+
+def list_threads(engine, query="", times=7):
+    """The median time in ms of GET /codex/threads, and the last thread's id."""
+    took = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        threads = engine.get("/codex/threads" + query).json()["threads"]
+        took.append(time.perf_counter() - begin)
+    assert len(threads) == 50
+    return statistics.median(took) * 1000, threads[-1]["thread_id"]
+
+
 def bare_loop(path):
     """Seconds that a loop of json.loads takes over the file, in this Python."""
     return float(subprocess.run([sys.executable, "-c", BARE_LOOP, path], check=True,
@@ -142,6 +169,9 @@ def _measure(engine, size, rounds):
     reader = threading.Thread(target=read_history, args=(engine,))
     reader.start()
     busy = p99_of_pings(engine, reader.is_alive)
+    write_threads(engine.codex_home, 20000)
+    first_page, last = list_threads(engine)
+    next_page, _ = list_threads(engine, "?before=" + last)
     megabytes = os.path.getsize(path) // MB
     return [
         ("history: read %d MB (%.2f s)" % (megabytes, statistics.median(whole)),
@@ -153,4 +183,6 @@ def _measure(engine, size, rounds):
         ("history: tail=50, ms", small_answers(engine, "?tail=50"), 5, "absolute"),
         ("history: after=, nothing new, ms", small_answers(engine, "?after=" + cursor), 5,
          "absolute"),
+        ("history: 50 of 20,000 threads, ms", first_page, 100, "absolute"),
+        ("history: the next 50 of them, ms", next_page, 100, "absolute"),
         ("history: growth of memory (VmHWM), MB", growth, 10, "before the first reading")]
