@@ -14,7 +14,8 @@ ten clients are all that one case.  What else is known of a turn, and which thre
 one, is read from the logs.
 
 Who owns which state
-    CodexRunner  the turn in progress, the queue, the logs and idempotency keys of the turns.
+    Conversation the turn in progress, the queue, the logs and idempotency keys of the turns.
+    CodexRunner  is one, and adds what is done to it.
     Turn         one message: its log, its deadlines, its ending.  It belongs to the runner and not
                  to the request that started it.
     CodexRun     one Codex process and its pipes; a driver, Exec or AppServer, tells what its lines
@@ -38,7 +39,7 @@ The threads, and what each may touch
     codex PID       waits for the exit of that process
     stop            the end of it all, when a signal asks for it
 
-The locks: the runner's, a log's Condition and the server's guard state, each said where it is made;
+The locks: the conversation's, a log's Condition and the server's guard state, each said where it is made;
 none is taken while another one is held, nor held across a yield, a socket, a file or a process.
 Others let one thread at a time do something: open the state directory, start a process or look who
 is an orphan, ask Codex for its version, try again with an ending, ring an alarm.
@@ -46,9 +47,10 @@ is an orphan, ask Codex for its version, try again with an ending, ring an alarm
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Events, Turn log, Event stream and
 results, Processes, Control groups, A turn's processes, Rollouts, History, Codex, Turn options,
-Driving Codex: exec, The app-server's items, Driving Codex: app-server, Runs of Codex, Progress of a
-turn, Turn, State directory, Webhook, CodexRunner, Problems, Application, HTTP grammar, Connection
-and bodies, Answer, Request handler, WSGI server, systemd, Check, Command line.
+Driving Codex: exec, The app-server's items, Driving Codex: app-server, Runs of Codex, A turn's
+progress and its stop, Turn, State directory, Conversation, Webhook, CodexRunner, Problems,
+Application, HTTP grammar, Connection and bodies, Answer, Request handler, WSGI server, systemd,
+Check, Command line.
 
 Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
 setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
@@ -1346,9 +1348,9 @@ class TurnLog:
             os.fsync(self._fd)
             if created:
                 sync_directory(os.path.dirname(self.path))
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             logger.error("turn %d: its log may not outlive a power cut: %s", self.turn_id,
-                         error.strerror)
+                         getattr(error, "strerror", "MemoryError"))
 
     def sync_new(self):
         """From the runner's thread for it: `sync` if there is something new."""
@@ -4121,8 +4123,8 @@ class Turn:
         except Exception as error:          # whatever it is, nobody may wait for this turn for ever
             self._not_started(error)
             return
-        self.ready.set()
         try:
+            self._begin()
             self._relay()
             if self._is_refused():
                 self._relay_again(self.thread_id, "codex app-server doesn't take the turn, so exec "
@@ -4163,12 +4165,18 @@ class Turn:
             self.log = self.runner.create_log(self)
         if waited:                          # else a power cut would have it start again
             self.log.sync()
-        self.run.exchange(0)                # Codex gets its prompt
-        self.log.sync(created=True)
+
+    def _begin(self):
+        """Let Codex have its prompt: from now on the message is sent, whatever goes wrong."""
+        try:
+            self.run.exchange(0)
+        finally:
+            self.log.sync(created=True)
+            self.runner.started(self)
+            self.ready.set()
         logger.info("turn %d started: %s, codex pid %d", self.id,
                     "thread %s" % self.thread_id if self.thread_id else "new thread",
                     self.run.child.pid)
-        self.runner.started(self)
 
     def header(self):
         """The log's header: what is known of the turn before its first event."""

@@ -243,6 +243,23 @@ def test_a_log_that_can_be_neither_written_nor_deleted(faulty):
     assert engine.send("Hello")[0].id == "1.1"
 
 
+@pytest.mark.parametrize("call, error, most", [
+    ("os.open", "MemoryError", 3), ("os.fsync", "EIO", 2), ("os.write", "MemoryError", 3),
+    ("os.read", "MemoryError", 4)])
+def test_a_message_is_begun_once(faulty, call, error, most):
+    """Once Codex may have read it, no failure says that it was not begun."""
+    engine, seen = faulty(), {}
+    for nth in range(1, most + 1):
+        engine.fail(calls=[call], nth=nth, threads="turn .*", errors=[error], delay=1.0)
+        client = Client(engine, seen, "key %d" % nth, script(
+            *TURN, {"touch": os.path.join(engine.folder, "ran-%d" % nth)}))
+        client.run(5.0)
+        engine.heal()
+        assert client.run(), (client.answers, client.last)
+        prompts = [prompt for prompt in engine.prompts() if prompt]
+        assert len(prompts) == len(set(prompts)), (nth, client.answers)
+
+
 def start_under_faults(engine, **plan):
     """Whether it started in spite of them; if not it said why."""
     begin = len(engine.log())
