@@ -39,10 +39,10 @@ The threads, and what each may touch
     codex PID       waits for the exit of that process
     stop            the end of it all, when a signal asks for it
 
-The locks: the conversation's, a log's Condition and the server's guard state, each said where it is made;
-none is taken while another one is held, nor held across a yield, a socket, a file or a process.
-Others let one thread at a time do something: open the state directory, start a process or look who
-is an orphan, ask Codex for its version, try again with an ending, ring an alarm.
+The locks: the conversation's, a log's Condition and the server's guard state, each said where it is
+made; none is taken while another one is held, nor held across a yield, a socket, a file or a
+process.  Others let one thread at a time do something: open the state directory, start a process or
+look who is an orphan, ask Codex for its version, try again with an ending, ring an alarm.
 
 The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
 Logging, Settings, Requests and responses, Routing and secret, Events, Turn log, Event stream and
@@ -1353,7 +1353,7 @@ class TurnLog:
                          getattr(error, "strerror", "MemoryError"))
 
     def sync_new(self):
-        """From the runner's thread for it: `sync` if there is something new."""
+        """From the sync thread: `sync` if there is something new."""
         fd, size = self._fd, self.size
         if fd is not None and size > self._synced:
             self._synced = size
@@ -3165,7 +3165,7 @@ class Steers:
     """The messages that are to cut into a turn, between their senders and the turn's thread."""
 
     def __init__(self, lock):
-        self.lock = lock                    # the runner's; guards the next
+        self.lock = lock                    # the conversation's; guards the next
         self.waiting = queue.SimpleQueue()  # of Steers; None once the turn takes no more
 
     def put(self, steer):
@@ -4074,7 +4074,7 @@ class Turn:
         self.over = threading.Event()
         self.problem = None
         self.log = log
-        self.stop_code = None               # why it is being stopped; guarded by the runner's lock
+        self.stop_code = None               # why it is being stopped; guarded by the conversation's lock
         self.alarm = Alarm()                # rung when there is something to look at
         self.steers = Steers(runner.lock)
         # Its own thread's
