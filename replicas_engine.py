@@ -4074,7 +4074,7 @@ class Turn:
         self.over = threading.Event()
         self.problem = None
         self.log = log
-        self.stop_code = None               # why it is being stopped; guarded by the conversation's lock
+        self.stop_code = None               # why it is being stopped; the runner's lock guards it
         self.alarm = Alarm()                # rung when there is something to look at
         self.steers = Steers(runner.lock)
         # Its own thread's
