@@ -269,6 +269,11 @@ def find_first(read, needle, begin):
         window = window[max(0, len(window) - len(needle) + 1):]
 
 
+def reader_of(file, base=0):
+    """read(offset, size) for find_first and find_last, with offsets from `base` on."""
+    return lambda offset, size: os.pread(file.fileno(), size, base + offset)
+
+
 def find_last(read, needle, end):
     """Where `needle` stands last before `end` in what `read(offset, size)` gives, or -1."""
     window = b""
@@ -867,6 +872,10 @@ class HTTPError(Exception):
         """The answer that it is."""
         return json_response(self.body, self.status, self.headers)
 
+    def again(self):
+        """A new one, to be raised in another thread: this one holds its stack's frames."""
+        return HTTPError(self.status, headers=self.headers, **self.body)
+
 
 def bad_parameter(name, problem):
     """The error for a parameter or key of the request that can't be used."""
@@ -880,7 +889,7 @@ def unavailable(error, details):
 
 def not_startable(error):
     """The HTTPError that says which exception kept a turn from starting."""
-    return HTTPError(*error.args) if isinstance(error, HTTPError) else unavailable(
+    return error.again() if isinstance(error, HTTPError) else unavailable(
         "The turn can't be started", str(error) or type(error).__name__)
 
 
@@ -1162,11 +1171,6 @@ MAX_UNFINISHED = 2 * MAX_EVENT             # bytes behind the last event that a 
 POWER_CUT_GAP = 1000000                    # numbers that are left out: see finish
 
 
-def _reader(file, base=0):
-    """read(offset, size) for find_first and find_last, with offsets from `base` on."""
-    return lambda offset, size: os.pread(file.fileno(), size, base + offset)
-
-
 class TurnLog:
     """The events of one turn in a file: one writer, any number of readers.
 
@@ -1225,7 +1229,7 @@ class TurnLog:
             turn_log = cls(path, _parse_header(first[2:]), len(first) + 1)
             end = os.fstat(file.fileno()).st_size
             begin = max(turn_log.start - 2, end - MAX_UNFINISHED)
-            found = find_last(_reader(file, begin), b"\n\n", end - begin)
+            found = find_last(reader_of(file, begin), b"\n\n", end - begin)
             if found < 0:
                 raise ValueError("it has no end")
             turn_log.size = begin + found + 2
@@ -1286,8 +1290,9 @@ class TurnLog:
         return kinds
 
     def finish(self, ending, before_publishing):
-        """Write the events `ending` and `done`, all or nothing; publish them when they are on the
-        disk and the callable was called.  Raises OSError; then it may be tried again.
+        """Write the events `ending` and `done`, all or nothing; publish them when the disk has them
+        (or has lost them, which the log says) and the callable was called.  Raises OSError where
+        they can't be written; then it may be tried again.
 
         Where the machine went down in the turn, clients may have seen events that were not on the
         disk yet.  Their numbers are never given again: POWER_CUT_GAP of them are left out.
@@ -1349,16 +1354,23 @@ class TurnLog:
             if created:
                 sync_directory(os.path.dirname(self.path))
         except (OSError, MemoryError) as error:
-            logger.error("turn %d: its log may not outlive a power cut: %s", self.turn_id,
-                         getattr(error, "strerror", "MemoryError"))
+            self._may_be_lost(error)
+
+    def _may_be_lost(self, error):
+        """Say that the disk has not taken what was written."""
+        logger.error("turn %d: its log may not outlive a power cut: %s", self.turn_id,
+                     getattr(error, "strerror", "MemoryError"))
 
     def sync_new(self):
         """From the sync thread: `sync` if there is something new."""
         fd, size = self._fd, self.size
         if fd is not None and size > self._synced:
             self._synced = size
-            with contextlib.suppress(OSError):  # the log may just be finished; the disk may be bad:
-                os.fdatasync(fd)                # `sync` will say so
+            try:
+                os.fdatasync(fd)
+            except OSError as error:            # the kernel says it once only: fsync(2)
+                if error.errno != errno.EBADF:  # the log was just finished
+                    self._may_be_lost(error)
 
     def leave(self):
         """Let whoever waits for it go: the engine ends."""
@@ -1465,7 +1477,7 @@ class TurnLog:
             return size if number == last else None
         with self.reading() as file:
             needle = b"\n\nid: %d.%d\n" % (self.turn_id, number + 1)
-            found = find_first(_reader(file), needle, self.start - 2)
+            found = find_first(reader_of(file), needle, self.start - 2)
             if found < 0:                   # in the gap that a power cut left: the ending is next
                 for begin, event in self.backwards(file):
                     if event[0] <= number:
@@ -1489,7 +1501,7 @@ class TurnLog:
             end = self.size
         while end > self.start:
             floor = max(self.start - 2, end - MAX_UNFINISHED)
-            found = find_last(_reader(file, floor), b"\n\nid: ", end - floor)
+            found = find_last(reader_of(file, floor), b"\n\nid: ", end - floor)
             if found < 0:
                 raise ValueError("it has an event that is too large")
             begin = floor + found + 2
@@ -3698,10 +3710,10 @@ class Alarm:
     def close(self):
         """Give the pipe up."""
         with self._lock:
-            for fd in (self.fd, self._into):
+            for fd in (self.fd, self._into) if self.fd is not None else ():
                 with contextlib.suppress(OSError):      # whatever it says, it is closed
                     os.close(fd)
-            self._into = None
+            self.fd = self._into = None
 
 
 def _signal_name(number):
@@ -3988,6 +4000,22 @@ class Progress:
         if not driver.accepted:
             yield self.last_at + ACCEPT_PATIENCE, "refused"
 
+    def why_it_failed(self, code, run, log_error, trouble):
+        """What happened, and the last words of who can say why."""
+        if trouble:
+            message, words = "The engine failed in this turn, and Codex was stopped", trouble
+        elif code == "exited":
+            message = "Codex %s before the turn was completed" % run.how_it_ended()
+            words = run.last_words()
+        elif code == "stalled" and log_error:
+            message, words = "The turn's log can't be written", log_error.strerror
+        else:
+            seconds = {"stalled": self.settings.idle_timeout, "timeout": self.settings.turn_timeout}
+            message = STOP_MESSAGES[code] % ((seconds[code],) if code in seconds else ())
+            words = self.complaint if code == "stalled" else None
+        room = MAX_FAILURE_MESSAGE - len(message) - 2
+        return "%s: %s" % (message, words[-room:]) if words else message
+
     LESSONS = {"error": _complained, "thread.started": _thread_started,
                "item.started": _item_started, "item.completed": _item_completed,
                "turn.completed": _turn_ended, "turn.failed": _turn_ended}
@@ -4007,10 +4035,13 @@ class Stopper:
         self.stopped = threading.Event()    # whatever could be stopped was
         self.left = []                      # what could not, as TurnProcesses.stop says
         self._orders = queue.SimpleQueue()  # the TurnProcesses to stop, or None to end without
+        self._is_there = False
 
     def start(self):
         """Have it wait for an order.  Raises RuntimeError if there are too many threads."""
-        start_thread("stop turn %d" % self.turn_id, self._stop_when_told)
+        if not self._is_there:              # the turn's start may be tried again
+            start_thread("stop turn %d" % self.turn_id, self._stop_when_told)
+            self._is_there = True
 
     def order(self, turn_processes):
         """Have it begin, once."""
@@ -4088,6 +4119,7 @@ class Turn:
         self.stopper = Stopper(turn_id, self.alarm)
         # Moments of time.monotonic
         self.started_at = time.monotonic()
+        self.first_try = None               # to start it, where that failed and it waits on
         self._asked_until = 0.0             # Codex was asked to end the turn, and has until then
 
     # For any thread but its own
@@ -4111,7 +4143,7 @@ class Turn:
         """Its log, once Codex was started or the message waits.  Raises HTTPError."""
         self.ready.wait()
         if self.problem:
-            raise HTTPError(*self.problem.args)     # a new one: it will hold its stack's frames
+            raise self.problem.again()
         return self.log
 
     # Its own thread, in the order in which things happen
@@ -4146,8 +4178,7 @@ class Turn:
         if waited:
             self.started_at = time.monotonic()
             self.progress.begin()
-            with explained("The message can't be read", "send it again"):
-                self.options = TurnOptions(self.runner.state.load_message(self.id), self.settings)
+            self.options = self._read_message()
         self.thread_id = self.options.thread_id(self.runner.thread_id)
         self.codex = self.runner.prepare(self.options)
         self.version = self.runner.finder.version(self.codex)
@@ -4166,10 +4197,20 @@ class Turn:
         if waited:                          # else a power cut would have it start again
             self.log.sync()
 
+    def _read_message(self):
+        """The TurnOptions of a message that has waited.  Raises HTTPError."""
+        with explained("The message can't be read", "is the disk in order?"):
+            try:
+                return TurnOptions(self.runner.state.load_message(self.id), self.settings)
+            except (FileNotFoundError, ValueError) as error:
+                raise HTTPError(410, "The message can't be read", "%s: send it again"
+                                % error) from None
+
     def _begin(self):
         """Let Codex have its prompt: from now on the message is sent, whatever goes wrong."""
         try:
-            self.run.exchange(0)
+            if not self.stop_code:
+                self.run.exchange(0)
         finally:
             self.log.sync(created=True)
             self.runner.started(self)
@@ -4206,6 +4247,8 @@ class Turn:
         """Nothing was begun: clean up, and let whoever waits know why."""
         problem, waited = not_startable(error), self.ready.is_set()
         why = "%s: %s" % (problem.body["error"], problem.body.get("details"))
+        if waited and not self.run and self.runner.put_back(self, problem, why):
+            return
         logger.error("turn %d could not be started: %s", self.id, why)
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
             if waited:                      # there is a log, which will say it
@@ -4219,7 +4262,7 @@ class Turn:
                 stack.callback(self.be_over)
                 stack.callback(self.ready.set)
                 stack.callback(self.runner.not_started, self)
-            stack.callback(self._leave)
+            stack.callback(self.leave)
             stack.callback(self.steers.close, self.run)
             if self.run:
                 self.run.child.kill()
@@ -4235,10 +4278,10 @@ class Turn:
             if self.log.flush() and drained:
                 break
             self._hold_back(self.log.error is not None)
-            self._exchange()
-            self.steers.pass_on(run, self.log, self.stop_code or self.progress.terminal)
             if self.stop_code:
                 self._stop()
+            self._exchange()
+            self.steers.pass_on(run, self.log, self.stop_code or self.progress.terminal)
         if not drained:
             self._drain()
         if self.stopper.is_stopping:
@@ -4263,7 +4306,7 @@ class Turn:
         """While the disk takes nothing, Codex waits; what doesn't pass by itself ends the turn."""
         if self.run.hold_back(holding) and not holding:
             self.progress.start_anew()
-        if holding and self.log.error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if holding and self.log.error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
             self.runner.stop(self, "stalled")
 
     def _stop(self):
@@ -4288,9 +4331,11 @@ class Turn:
             return min(waits[0], max(0.0, self._asked_until - time.monotonic()))
         now = time.monotonic()
         for deadline, code in self.progress.deadlines(self.run.driver, self.stop_code, holding):
+            if code is None and self.run.exited.is_set():
+                continue                    # it is our disk that is waited for
             if now >= deadline:
                 self._too_late(code)
-                return 0 if code else DISK_PATIENCE
+                return 0 if code else waits[0]
             waits.append(deadline - now)
         return min(waits)
 
@@ -4330,8 +4375,8 @@ class Turn:
     def _end(self):
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
         with contextlib.ExitStack() as stack:           # the last one first
-            for step in (self.runner.prune, self.run.processes.discard, reap_orphans, self._release,
-                         self.be_over, self._await_exit, self._finish_log, self._leave):
+            for step in (self.runner.prune, reap_orphans, self._release, self.be_over,
+                         self._await_exit, self._finish_log, self.leave):
                 stack.callback(step)
             stack.callback(self.steers.close, self.run)
             stack.callback(self._give_up_pending)
@@ -4348,7 +4393,8 @@ class Turn:
         """Give the log what Codex did not give, and say how the turn went."""
         code, ending = self.stop_code or "exited", []
         if not self.progress.terminal:
-            self.progress.complaint = self._failure_message(code)
+            self.progress.complaint = self.progress.why_it_failed(
+                code, self.run, self.log.error, self.trouble)
             ending = failure(self.progress.complaint, code)
         failed = self.progress.terminal == "turn.failed" or bool(ending) and code != "interrupted"
         self.runner.last_failure = failed and "turn %d failed: %s" % (
@@ -4372,26 +4418,12 @@ class Turn:
             self.run.exited.wait()
 
     def _release(self):
-        """Let the next turn start."""
+        """Let the next turn start, once what is left of this one can't be taken for its."""
+        if self.run and self.runner.current is self:
+            self.run.processes.discard()
         self.runner.release(self)
 
-    def _failure_message(self, code):
-        """What happened, and the last words of who can say why."""
-        if self.trouble:
-            message, words = "The engine failed in this turn, and Codex was stopped", self.trouble
-        elif code == "exited":
-            message = "Codex %s before the turn was completed" % self.run.how_it_ended()
-            words = self.run.last_words()
-        elif code == "stalled" and self.log.error:
-            message, words = "The turn's log can't be written", self.log.error.strerror
-        else:
-            seconds = {"stalled": self.settings.idle_timeout, "timeout": self.settings.turn_timeout}
-            message = STOP_MESSAGES[code] % ((seconds[code],) if code in seconds else ())
-            words = self.progress.complaint if code == "stalled" else None
-        room = MAX_FAILURE_MESSAGE - len(message) - 2
-        return "%s: %s" % (message, words[-room:]) if words else message
-
-    def _leave(self):
+    def leave(self):
         """Nothing of the turn stays but its log, and what it did in the workspace."""
         if self.run:
             self.run.close()
@@ -4739,10 +4771,10 @@ class Conversation:
         with self.lock:
             return self._thread()
 
-    def is_running(self):
-        """Whether a turn is in progress."""
+    def running(self):
+        """The id of the turn in progress, or None."""
         with self.lock:
-            return self.current is not None
+            return self.current.id if self.current else None
 
     def waiting(self):
         """The Turns whose messages wait, the next one first."""
@@ -4870,11 +4902,15 @@ class Conversation:
             return self.current
         return self.queue.get(turn_id)
 
-    def _new_turn(self, options, key, fingerprint):
-        """A Turn, the one in progress or in the queue.  Raises HTTPError and OSError."""
+    def _check_open(self):
+        """Raise HTTPError 503 when what waits is left to the next engine."""
         if self.closing:
             raise HTTPError(503, "The engine is shutting down", "send it again in some seconds",
                             [("Retry-After", "5")])
+
+    def _new_turn(self, options, key, fingerprint):
+        """A Turn, the one in progress or in the queue.  Raises HTTPError and OSError."""
+        self._check_open()
         busy = self.current or next(iter(self.queue.values()), None)
         if busy and options.when_busy != "queue":
             raise HTTPError(409, "A turn is already in progress",
@@ -4899,6 +4935,11 @@ class Conversation:
             self.latest -= 1
         self.reset_at = (min(self.reset_at[0], self.latest), self.reset_at[1])
         self._forget_keys(turn.id)
+
+    def _wait_again(self, turn):
+        """The turn in progress waits before all others: it could not be started."""
+        self.queue = {turn.id: turn, **self.queue}
+        self.current = None
 
     def _forget_thread(self):
         """The next turn begins a new one."""
@@ -5122,6 +5163,9 @@ class Webhook:
 # What is done to the conversation: what the API orders, and what a turn's thread reports.  What
 # takes time happens in the turn's own thread or in the request's, before the lock or after it.
 
+START_PATIENCE = 60.0                      # seconds that a message waits on for Codex to start
+
+
 def _check_stopped(turn):
     """Raise HTTPError 500 that names what of the turn could not be stopped."""
     if turn and turn.stopper.left:
@@ -5200,10 +5244,13 @@ class CodexRunner(Conversation):
             turn = self.current
             if turn and turn.log:
                 turn.log.sync_new()
-            with contextlib.suppress(HTTPError):
-                self._finish_left()
-            if self.queue:
-                self.start_next()
+            try:
+                with contextlib.suppress(HTTPError):
+                    self._finish_left()
+                if self.queue:              # one that couldn't start, or behind an ending
+                    self.start_next()
+            except Exception:               # whatever it is, the next second is another one
+                logger.exception("the sync thread failed")
 
     # What the API asks for, from any thread
 
@@ -5292,6 +5339,7 @@ class CodexRunner(Conversation):
         """Take that turn's message, or every one, out of the queue: how many that were."""
         self.recovered.wait()
         with self.lock:
+            self._check_open()
             turns, count = self._take_out(turn_id)
         for turn in turns:
             turn.end_unstarted()
@@ -5352,10 +5400,13 @@ class CodexRunner(Conversation):
         with self.lock:
             turn = self.current
             if forget:
+                self._check_open()
                 self._forget_thread()
                 waiting, _ = self._take_out()
+            if turn:
+                turn.stop_code = turn.stop_code or code
         if turn:
-            self.stop(turn, code)
+            turn.alarm.ring()
         for each in waiting:
             each.end_unstarted()
         if turn:
@@ -5426,6 +5477,22 @@ class CodexRunner(Conversation):
             self.current = None
             self._withdraw(turn)
         self.start_next()
+
+    def put_back(self, turn, problem, why):
+        """Have a message wait on that could not be started, if that may pass; whether it does."""
+        if problem.status != 503:
+            return False
+        turn.leave()
+        now = time.monotonic()
+        with self.lock:
+            is_first, turn.first_try = turn.first_try is None, turn.first_try or now
+            if turn.stop_code or self.closing or now > turn.first_try + START_PATIENCE:
+                return False
+            self._wait_again(turn)          # the sync thread starts it
+        if is_first:
+            logger.warning("turn %d can't be started; for %d s it is tried again: %s",
+                           turn.id, START_PATIENCE, why)
+        return True
 
     def release(self, turn):
         """The turn in progress is as good as over: another may start."""
@@ -7134,8 +7201,9 @@ def status_line(app):
     """A line on how the engine is, for `systemctl status`."""
     if app.settings.secret is None:
         return "REPLICAS_ENGINE_SECRET is not set: nothing but /health is answered"
-    if app.runner.is_running():
-        return "Running turn %d" % app.runner.latest
+    running = app.runner.running()
+    if running:
+        return "Running turn %d" % running
     try:
         app.runner.finder.find()
     except HTTPError as error:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import replicas_engine
 from harness import check_stream, read_events, script, wait_for
 
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
@@ -260,23 +261,51 @@ def test_a_shutdown_keeps_them(busy):
     assert result(busy, 2)["status"] == "completed"
 
 
-def test_one_that_cannot_be_started_fails_and_says_why(busy):
+@pytest.mark.parametrize("patience", [0, 600])
+def test_one_that_cannot_be_started_waits_on_and_then_fails(make_engine, tmp_path, patience):
+    """It is next until it can be; one that can't be for too long says why."""
+    engine, gate = make_engine(constants={"START_PATIENCE": patience}), tmp_path / "gate"
+    engine.start_turn(gated(gate))
     for number in range(2):
-        put(busy, "message %d" % number)
-    os.rename(busy.workspace, busy.workspace + ".away")
-    busy.gate.touch()
-    for turn in (2, 3):
-        failed = result(busy, turn)
-        assert failed["error"]["code"] == "not_started" and failed["status"] == "failed"
-        assert "workspace directory is missing" in failed["error"]["message"]
-    os.rename(busy.workspace + ".away", busy.workspace)
-    assert busy.send("on")[0].id == "4.1"
-    assert len(busy.calls()) == 2
-    assert "turn 3 could not be started: The workspace directory is missing" in busy.log()
+        put(engine, "message %d" % number)
+    os.rename(engine.workspace, engine.workspace + ".away")
+    gate.touch()
+    if patience:
+        wait_for(lambda: "turn 2 can't be started; for 600 s it is tried again: The workspace "
+                 "directory is missing" in engine.log())
+        assert waiting(engine) == [2, 3] and result(engine, 2, 0)["status"] == "queued"
+        engine.restart()
+    else:
+        for turn in (2, 3):
+            failed = result(engine, turn)
+            assert failed["error"]["code"] == "not_started" and failed["status"] == "failed"
+            assert "workspace directory is missing" in failed["error"]["message"]
+        assert "turn 3 could not be started: The workspace directory is missing" in engine.log()
+    os.rename(engine.workspace + ".away", engine.workspace)
+    if patience:
+        assert [result(engine, turn)["status"] for turn in (2, 3)] == ["completed"] * 2
+        assert engine.prompts()[-2:] == ["message 0", "message 1"]
+    assert engine.send("on")[0].id == "4.1"
+    assert len(engine.calls()) == (4 if patience else 2)
 
 
-def test_a_turn_that_cannot_be_started_before_one_that_waits(engine, tmp_path):
+def test_one_that_waits_on_can_be_taken_out(make_engine, tmp_path):
+    engine, gate = make_engine(constants={"START_PATIENCE": 600}), tmp_path / "gate"
+    engine.start_turn(gated(gate))
+    put(engine, "never")
+    os.rename(engine.workspace, engine.workspace + ".away")
+    gate.touch()
+    wait_for(lambda: "turn 2 can't be started" in engine.log())
+    wait_for(lambda: engine.request("DELETE", "/codex/queue/2").status == 200)
+    assert code_of(engine, 2) == "cancelled"
+    os.rename(engine.workspace + ".away", engine.workspace)
+    assert engine.send("on")[0].id == "3.1"
+    assert "never" not in engine.prompts()
+
+
+def test_a_turn_that_cannot_be_started_before_one_that_waits(make_engine, tmp_path):
     """Its id isn't given to another."""
+    engine = make_engine(constants={"START_PATIENCE": 0})
     os.rename(engine.workspace, engine.workspace + ".away")
     answers = []
 
@@ -295,6 +324,18 @@ def test_a_turn_that_cannot_be_started_before_one_that_waits(engine, tmp_path):
     assert engine.calls() == []
     os.rename(engine.workspace + ".away", engine.workspace)
     assert int(engine.send("on")[0].id.partition(".")[0]) > max(started, default=0)
+
+
+def test_an_engine_that_ends_leaves_them_to_the_next(tmp_path):
+    runner = replicas_engine.CodexRunner(replicas_engine.Settings({
+        "HOME": str(tmp_path), "REPLICAS_ENGINE_STATE": str(tmp_path / "state")}))
+    runner.open()
+    runner.close()
+    for what in (runner.cancel, runner.reset):
+        with pytest.raises(replicas_engine.HTTPError, match="shutting down"):
+            what()
+    assert not [name for name in os.listdir(str(tmp_path / "state" / "turns"))
+                if name.endswith(".reset")]
 
 
 def test_what_an_engine_left_while_it_wrote(engine):

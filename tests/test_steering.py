@@ -56,10 +56,10 @@ def test_its_stream_begins_with_it(engine):
     assert events == engine.events(turn)[-len(events):] and len(events) < len(engine.events(turn))
 
 
-def slow_to_start(make_engine):
+def slow_to_start(make_engine, **constants):
     """An engine whose next turn starts late, when its Codex has said its version, and the file that
     is there while it starts."""
-    engine = make_engine(start=False)
+    engine = make_engine(start=False, constants=constants)
     shim, asked = os.path.join(engine.folder, "slow-codex"), os.path.join(engine.folder, "asked")
     engine.env["CODEX_PATH"] = shim
     for command in (":", "touch %s; sleep 2" % asked):      # the engine asks again of a new program
@@ -72,6 +72,18 @@ def slow_to_start(make_engine):
             engine.start()
             assert engine.status()["codex"]["version"]
     return engine, asked
+
+
+def test_a_turn_that_is_interrupted_while_it_starts(make_engine):
+    """At once, and Codex doesn't get the message."""
+    (engine, asked), events = slow_to_start(make_engine, LOOK_INTERVAL=600), []
+    thread = threading.Thread(target=lambda: events.extend(engine.send("never")))
+    thread.start()
+    wait_for(lambda: os.path.exists(asked))
+    assert engine.post("/codex/interrupt").json()["interrupted"] is True
+    thread.join()
+    assert events[-2].json()["error"]["code"] == "interrupted"
+    assert "never" not in engine.prompts()
 
 
 def test_a_turn_that_is_just_starting(make_engine):
