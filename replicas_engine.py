@@ -20,9 +20,11 @@ Who owns which state
                  to the request that started it.
     CodexRun     one Codex process and its pipes; a driver, Exec or AppServer, tells what its lines
                  mean.  A turn has one, or another where that one doesn't take the message.
-    TurnLog      one turn's file; appended to by the turn's thread, read by everybody.
+    TurnLog      one turn's file: events come from the turn's thread alone, the ending from whoever
+                 finishes the log, and everybody reads it.
     WSGIServer   its connections.  It knows nothing of Codex, nor the Application of sockets.
-On disk, see StateDirectory.  `kill -9` and a power cut lose nothing that a client has seen.
+On disk, see StateDirectory.  `kill -9` loses nothing that a client has seen; a power cut loses the
+last second of a running turn at most, and no ending.
 
 The threads, and what each may touch
     main            signals, systemd and orphans; starts the others and waits for news
@@ -32,9 +34,9 @@ The threads, and what each may touch
     reserve         the same, when no thread can be started for a connection
     problems        at the start: tries out what may keep turns from going well, and warns of it
     recovery        at the start: the turns that an earlier engine did not end
-    webhook         tells an URL of the turns that are over
+    webhook         tells a URL of the turns that are over
     sync            has the disk hold the running turn's log, every second
-    turn N          turn N, its CodexRun and the end of its log
+    turn N          turn N, its CodexRun and its log
     stop turn N     waits until turn N is to be stopped, then its processes
     codex PID       waits for the exit of that process
     stop            the end of it all, when a signal asks for it
@@ -44,17 +46,18 @@ made; none is taken while another one is held, nor held across a yield, a socket
 process.  Others let one thread at a time do something: open the state directory, start a process or
 look who is an orphan, ask Codex for its version, try again with an ending, ring an alarm.
 
-The code runs upward, leaves first: a name is defined above its use.  The sections: Files and JSON,
-Logging, Settings, Requests and responses, Routing and secret, Events, Turn log, Event stream and
-results, Processes, Control groups, A turn's processes, Rollouts, History, Codex, Turn options,
-Driving Codex: exec, The app-server's items, Driving Codex: app-server, Runs of Codex, A turn's
-progress and its stop, Turn, State directory, Conversation, Webhook, CodexRunner, Problems,
-Application, HTTP grammar, Connection and bodies, Answer, Request handler, WSGI server, systemd,
-Check, Command line.
+Read it from below to see how it is used, from above to see what it is made of: a name is defined
+above its use.  The sections: Files and JSON, Logging, Settings, Requests and responses, Routing and
+secret, Events, Turn log, Event stream and results, Processes, Control groups, A turn's processes,
+Rollouts, History, Codex, Turn options, Driving Codex: exec, The app-server's items, Driving Codex:
+app-server, Runs of Codex, A turn's progress and its stop, Turn, State directory, Conversation,
+Webhook, CodexRunner, Problems, Application, HTTP grammar, Connection and bodies, Answer, Request
+handler, WSGI server, systemd, Check, Command line.
 
-Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments or TURN_OPTIONS; a
-setting, Settings; a reason for a turn to end, STOP_MESSAGES and who calls CodexRunner.stop; a limit
-of the HTTP server, the constants of HTTP grammar.
+Where to add: an endpoint, Application's table; a flag of Codex, codex_arguments for every turn, or
+TURN_OPTIONS and AppServer._open_thread for one; a setting, ENGINE_SETTINGS and Settings; a reason
+for a turn to end, STOP_MESSAGES, and Progress.deadlines or who calls CodexRunner.stop; a limit of
+the HTTP server, the constants of HTTP grammar.
 """
 
 import codecs
@@ -1074,7 +1077,8 @@ DONE = (b"done", b"{}")
 MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
 CR_COST = len(b"\ndata: ") - 1             # bytes more in the log for a CR within an event
 MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
-# Why a turn was ended by the engine: the code in its turn.failed, and the message there.
+# Why a turn was ended by the engine: the code in its turn.failed, and the message there.  `exited`
+# and `not_started` have messages of their own.
 STOP_MESSAGES = {
     "interrupted": "The turn was interrupted",
     "stalled": "The turn stalled: Codex made no progress for %g seconds, with no item in progress",
@@ -1341,7 +1345,7 @@ class TurnLog:
         self._littered = False
 
     def _close(self):
-        """Be the writer no longer."""
+        """Stop being its writer."""
         with contextlib.suppress(OSError):      # whatever it says, the descriptor is closed
             os.close(self._fd)
         self._fd = None
@@ -3209,7 +3213,8 @@ class Steers:
 
 
 class Refused(Exception):
-    """The app-server doesn't take the turn, or speaks otherwise than we know; nothing was begun."""
+    """The app-server doesn't take the turn, or speaks a protocol that we don't know; nothing was
+    begun."""
 
 
 class Exec:
@@ -3368,7 +3373,8 @@ DELTA_PAUSE = 0.05                         # seconds between two events with del
 MAX_JOINED = 4 * 1024                      # for so many bytes, or another event that goes out
 MAX_DELTAS = 8 * 1024 * 1024               # bytes of a turn's deltas, which then end
 
-INITIALIZE, LOGIN, THREAD, TURN, INTERRUPT, STEER = range(1, 7)     # ids of requests, and more
+INITIALIZE, LOGIN, THREAD, TURN, INTERRUPT, STEER = range(1, 7)     # ids of requests;
+#                                            a steer's is above STEER
 
 
 class AppServer:
@@ -3399,7 +3405,7 @@ class AppServer:
         self._workspace = settings.workspace
         self._options = options
         self._message = _well_formed(message)
-        # The answer to a resume is the whole thread, 18 MB of 36, and says nothing new.
+        # The answer to a resume may be the whole thread, 18 MB, and says nothing new.
         self._unread = (b'{"method":"codex/event/',) + (
             (b'{"id":%d,"result":' % THREAD,) if thread_id else ())
         self._early = []                    # events that wait for the first
@@ -3740,7 +3746,7 @@ class CodexRun:
         self.events = []                    # that came and were not taken yet
         self.stderr = b""                   # its end
         self.skipped = 0                    # lines that were no events
-        self.refused = None                 # why the driver's way can't be gone, if it can't
+        self.refused = None                 # why this driver can't be used, if it can't
         self._input = bytearray(driver.input())     # that is still to be written
         self._line = bytearray()            # a line whose end is still to come
         self._too_long = False              # its beginning was thrown away
@@ -3881,7 +3887,7 @@ class CodexRun:
         Then the last line counts, even without an LF."""
         for stream, read in ((self.child.stdout, self._read_stdout),
                              (self.child.stderr, self._read_stderr)):
-            for _ in range(64):             # reads of 16 KiB make the largest pipe, 1 MiB: pipe(7)
+            for _ in range(64):             # the largest pipe has 1 MiB: pipe(7)
                 if stream.closed or not readable(stream) or not read():
                     break
         self._take_line(bytes(self._line).strip(b" \t\r"))
@@ -4085,10 +4091,12 @@ PAUSE = 5.0                                # seconds that a look is late when th
 class Turn:
     """One message to Codex and all that comes of it: its log, its deadlines, its ending.
 
-    It is run by a thread of its own, in which a CodexRun does the work, or two: where Codex doesn't
-    know the thread any more, the message goes to a new one.  `ready` is set once Codex was started,
-    or could not be (then `problem` is the HTTPError), and `over` when Codex has exited and the log
-    is finished.  One that waits in the queue is `ready` with its log; its options are on the disk.
+    It is run by a thread of its own, in which a CodexRun does the work.  Another one takes over
+    where the app-server doesn't take the message, or where Codex doesn't know the thread any more:
+    then it goes to a new one.  `ready` is set once Codex was started, or could not be (then
+    `problem` is the HTTPError); `over` when nothing more is done for it: Codex has exited or can't
+    be killed, and the log is finished or left to the sync thread.  One that waits in the queue is
+    `ready` with its log; its options are on the disk.
     """
 
     def __init__(self, runner, turn_id, options=None, log=None):
@@ -4194,7 +4202,7 @@ class Turn:
             self._launch(self.thread_id, self.options.is_live(version_numbers(self.version)))
         with explained("The turn's log can't be written", make_room):
             self.log = self.runner.create_log(self)
-        if waited:                          # else a power cut would have it start again
+        if waited:                          # or a power cut would have it begun a second time
             self.log.sync()
 
     def _read_message(self):
@@ -4365,7 +4373,7 @@ class Turn:
     # Its end
 
     def _is_untouched(self):
-        """Whether nothing has come of the message, and nobody wants it to."""
+        """Whether nothing has come of the message, and it is still wanted."""
         return self.thread_id and not self.log.last and not self.stop_code
 
     def _is_refused(self):
@@ -4707,9 +4715,9 @@ class StateDirectory:
 # ---------------------------------------------------------------------------------------------
 # Conversation
 # ---------------------------------------------------------------------------------------------
-# What there is one of, and what can be asked of it: the current thread, the turn in progress, those
-# that wait, the logs of all that are kept.  What is done to it stands below, in CodexRunner.  All
-# of it changes under one lock, which is never held while anything is waited for.
+# The state that all turns share, and the questions about it: the current thread, the turn in
+# progress, those that wait, the logs of all that are kept.  It changes under one lock, which is
+# never held while anything is waited for.  What happens to it is CodexRunner's, below.
 
 MAX_QUEUED = 32                            # messages
 
@@ -4744,8 +4752,8 @@ class Conversation:
         self.closing = False
 
     def _load_turns(self):
-        """Read what is in the state directory: the logs of turns that were cut short.  Raises
-        OSError."""
+        """Read what is in the state directory; returns the logs of turns that were cut short.
+        Raises OSError."""
         logs, newest = self.state.load_logs()
         self.reset_at = self.state.load_reset(newest)
         self.latest = max(newest, self.reset_at[0])     # that turn's log may have been lost
@@ -4881,7 +4889,7 @@ class Conversation:
                 self._forget_keys(turn_id)
             return None
 
-    # For who has the lock
+    # For whoever holds the lock
 
     def _thread(self):
         """The current thread: the newest turn's, unless a reset is behind it."""
@@ -5015,7 +5023,7 @@ class Conversation:
 # ---------------------------------------------------------------------------------------------
 # Webhook
 # ---------------------------------------------------------------------------------------------
-# One thread, which tells an URL of one finished turn after the other, each until it is taken.  What
+# One thread, which tells a URL of one finished turn after the other, each until it is taken.  What
 # was told is a mark beside the turns' logs; all else is read from them.
 
 WEBHOOK_PATIENCE = 10.0                    # seconds that a try may take
@@ -5413,7 +5421,7 @@ class CodexRunner(Conversation):
             turn.over.wait()
         return turn
 
-    # For who has the lock
+    # For whoever holds the lock
 
     def _steer(self, options, key):
         """A Steer of the turn in progress.  Raises HTTPError 409."""
