@@ -4166,7 +4166,7 @@ class Turn:
         try:
             self._begin()
             self._relay()
-            if self._is_refused():
+            if not (self.stop_code or self.run.driver.accepted):
                 self._relay_again(self.thread_id, "codex app-server doesn't take the turn, so exec "
                                   "does: %s" % (self.run.refused or self.run.how_it_ended()))
             if self._is_untouched() and self.run.says_unknown_thread():
@@ -4375,10 +4375,6 @@ class Turn:
     def _is_untouched(self):
         """Whether nothing has come of the message, and it is still wanted."""
         return self.thread_id and not self.log.last and not self.stop_code
-
-    def _is_refused(self):
-        """Whether the app-server has not taken the message, so that exec may."""
-        return not self.stop_code and not self.run.driver.accepted
 
     def _end(self):
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
