@@ -348,6 +348,11 @@ def status_of(pid, field):
     return int(re.search(r"(?m)^%s:\s+(\d+)" % field, _proc(pid, "status").decode()).group(1))
 
 
+def processor_time(pid):
+    """The seconds that its threads, not its children, have had of a processor."""
+    return sum(map(int, _stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def descriptors_of(pid="self"):
     """The descriptors, and what they are of: see OPEN_TO_VIEW."""
     found, folder = {}, "/proc/%s/fd" % pid

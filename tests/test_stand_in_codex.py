@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -455,6 +456,19 @@ def test_misbehaviour_in_a_turn(codex):
     rest = server.until(lambda message: message == "xxxx")
     assert [message["params"]["delta"] for message in rest[1:4]] == ["0 xxx", "1 xxx", "2 xxx"]
     assert server.close()[0] == 7
+
+
+def test_deltas_may_tell_when_they_were_made(codex):
+    server, begin = Server(codex), time.monotonic()
+    server.turn(json.dumps({"app_server": [
+        {"deltas": {"n": 3, "size": 30, "pause": 0.01, "stamp": True}}, {"complete": True}]}))
+    *_, one, two, three, item, _, _ = server.rest()
+    deltas = [message["params"]["delta"] for message in (one, two, three)]
+    times = [float(delta.split()[0]) for delta in deltas]
+    assert begin < times[0] + 1e-6 and begin + 0.02 < times[2] + 1e-6   # of which digits are cut
+    assert times == sorted(times) and times[2] < time.monotonic() + 1e-6
+    assert item["params"]["item"]["text"] == "".join(deltas) and len(deltas[0]) == 30
+    server.close()
 
 
 @pytest.mark.parametrize("method", ("initialize", "thread/start", "turn/start"))
