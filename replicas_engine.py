@@ -2783,12 +2783,13 @@ HOW_TO_INSTALL = ("install it with `npm install -g @openai/codex`, "
 
 
 class Codex:
-    """A Codex CLI: the `program` to run, and the folder of programs that it wants on its PATH, or
-    None."""
+    """A Codex CLI: the `program` to run, the folder of programs that it wants on its PATH, or None,
+    and its `version`, such as "0.169.0", where it was asked."""
 
     def __init__(self, program, path_folder=None):
         self.program = program
         self.path_folder = path_folder
+        self.version = None
 
 
 def is_program(path):
@@ -2926,6 +2927,7 @@ class CodexFinder:
 # What Codex 0.50 can't do: of 60 turns with an image, in every form of the command line, 48 hung.
 FIRST_WITH_IMAGES = (0, 98)
 FIRST_LIVE = (0, 98)                       # of the app-server's protocol that we speak
+FIRST_TO_EXCLUDE_TURNS = (0, 151)          # in it; some before refuse a request that wants it
 MAX_IMAGES = 100                           # of a turn; the command line has to hold their names
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra",
                      "persistent")
@@ -3405,6 +3407,7 @@ class AppServer:
         self._workspace = settings.workspace
         self._options = options
         self._message = _well_formed(message)
+        self._excludes_turns = (version_numbers(codex.version) or ()) >= FIRST_TO_EXCLUDE_TURNS
         # The answer to a resume may be the whole thread, 18 MB, and says nothing new.
         self._unread = (b'{"method":"codex/event/',) + (
             (b'{"id":%d,"result":' % THREAD,) if thread_id else ())
@@ -3450,8 +3453,8 @@ class AppServer:
                       sandbox=values.get("sandbox_mode"), config=config or None)
         if self.thread_id is None:
             return _request(THREAD, "thread/start", **params)
-        return _request(THREAD, "thread/resume", threadId=self.thread_id, excludeTurns=True,
-                        **params) + self._start_turn()
+        return _request(THREAD, "thread/resume", threadId=self.thread_id,
+                        excludeTurns=self._excludes_turns or None, **params) + self._start_turn()
 
     def _start_turn(self):
         """The request that starts the turn: images first, as exec has them."""
@@ -4119,7 +4122,6 @@ class Turn:
         # Its own thread's
         self.thread_id = None               # the one to resume
         self.codex = None
-        self.version = None                 # what it says, such as "0.169.0"
         self.run = None                     # the CodexRun
         self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
         self.progress = Progress(self.settings)
@@ -4189,7 +4191,7 @@ class Turn:
             self.options = self._read_message()
         self.thread_id = self.options.thread_id(self.runner.thread_id)
         self.codex = self.runner.prepare(self.options)
-        self.version = self.runner.finder.version(self.codex)
+        self.codex.version = self.runner.finder.version(self.codex)
         with explained("Codex's home can't be made", "make the directory, or set CODEX_HOME"):
             os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
         make_room = "make room there: see REPLICAS_ENGINE_STATE"
@@ -4199,7 +4201,7 @@ class Turn:
         self.absent = [path for path in mounts if not os.path.lexists(path)]
         self.stopper.start()
         with explained("Codex can't be started", "see CODEX_PATH"):
-            self._launch(self.thread_id, self.options.is_live(version_numbers(self.version)))
+            self._launch(self.thread_id, self.options.is_live(version_numbers(self.codex.version)))
         with explained("The turn's log can't be written", make_room):
             self.log = self.runner.create_log(self)
         if waited:                          # or a power cut would have it begun a second time
@@ -4232,7 +4234,7 @@ class Turn:
         if self.run is None:
             return {"turn": self.id, "queued_at": timestamp(), "mark": self.mark}
         return {"turn": self.id, "started_at": timestamp(), "thread_id": self.thread_id,
-                "version": self.version, **self.run.processes.saved()}
+                "version": self.codex.version, **self.run.processes.saved()}
 
     def _launch(self, thread_id, live):
         """Start Codex on the thread, or on a new one."""

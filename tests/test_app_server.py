@@ -21,6 +21,7 @@ class World:
     def __init__(self, folder, version):
         self.folder, self.version = folder, version
         self.codex = Codex(STAND_IN_CODEX)
+        self.codex.version = version
         self.settings = Settings({"HOME": str(folder), "WORKSPACE_HOME": str(folder),
                                   "CODEX_HOME": str(folder), "CODEX_API_KEY": "sk-one",
                                   "REPLICAS_ENGINE_SANDBOX": "config"})
@@ -76,6 +77,16 @@ def test_a_turn_and_the_next_on_its_thread(world):
                    if event["type"] == "item.delta") == "You said: one"
 
 
+@pytest.mark.parametrize("version, wanted", [("0.98.0", None), ("0.140.0", None),
+                                             ("0.151.0", True), (None, None)])
+def test_the_turns_of_a_thread_are_excluded_where_codex_can(tmp_path, version, wanted):
+    world = World(tmp_path, version or "0.140.0")
+    world.codex.version = version
+    thread_id = world.live().events[0]["thread_id"]
+    assert types(world.live(thread_id=thread_id)) == WHOLE
+    assert world.read("thread/resume")[0].get("excludeTurns") == wanted
+
+
 def test_what_is_not_set_is_left_out_and_what_is_set_goes_to_its_place(world):
     world.live()
     opened, = world.read("thread/start")
@@ -86,8 +97,9 @@ def test_what_is_not_set_is_left_out_and_what_is_set_goes_to_its_place(world):
     world.live(thread_id=begun["threadId"], model="m", reasoning_effort="high", web_search=False,
                network_access=False, sandbox_mode="read-only", output_schema=schema, images=[png])
     resumed, = world.read("thread/resume")
+    resumed.pop("excludeTurns", None)           # which goes by the version
     assert resumed == {
-        "threadId": begun["threadId"], "excludeTurns": True, "cwd": str(world.folder),
+        "threadId": begun["threadId"], "cwd": str(world.folder),
         "approvalPolicy": "never", "sandbox": "read-only", "model": "m", "config": {
             "model_reasoning_effort": "high", "sandbox_workspace_write.network_access": False,
             "web_search": "disabled"}}

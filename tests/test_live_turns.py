@@ -141,6 +141,13 @@ def test_a_codex_that_cannot(make_engine):
     assert engine.send("Hello", deltas=False)[-2].type == "turn.completed"
 
 
+@pytest.mark.parametrize("version", ["0.98.0", "0.140.0", "0.151.0"])
+def test_a_thread_is_resumed_by_the_app_server_of_every_version(make_engine, version):
+    engine = make_engine(STAND_IN_CODEX_VERSION=version)
+    threads = {engine.send("Hello", deltas=True)[0].json()["thread_id"] for _ in range(2)}
+    assert len(threads) == 1 and engine.calls() == []       # exec was not started
+
+
 def test_every_turn_live_where_codex_can(make_engine):
     engine = make_engine(REPLICAS_ENGINE_DELTAS="1")
     assert "item.delta" in types(engine.send("Hello there"))

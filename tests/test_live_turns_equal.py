@@ -70,6 +70,7 @@ class World:
         program = real_codex(version)
         self.version = version
         self.codex = replicas_engine.native_codex(os.path.realpath(program)) or Codex(program)
+        self.codex.version = version
         self.folder = tempfile.mkdtemp(prefix="replicas-engine-test-", dir="/var/tmp")
         self.log_path = os.path.join(self.folder, "model.jsonl")
         env = {"HOME": os.path.join(self.folder, "home"), "PATH": os.environ["PATH"],
