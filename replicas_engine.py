@@ -2928,6 +2928,7 @@ class CodexFinder:
 FIRST_WITH_IMAGES = (0, 98)
 FIRST_LIVE = (0, 98)                       # of the app-server's protocol that we speak
 FIRST_TO_EXCLUDE_TURNS = (0, 151)          # in it; some before refuse a request that wants it
+FIRST_TO_CUT_IN = (0, 162)                 # at once; before, an interrupt may lose the message
 MAX_IMAGES = 100                           # of a turn; the command line has to hold their names
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra",
                      "persistent")
@@ -3177,6 +3178,7 @@ class Steer:
 
 
 TOO_LATE = "the turn ended before it: send it as a message of its own"
+TOO_OLD = "Codex before %d.%d may lose a message that cuts in" % FIRST_TO_CUT_IN
 
 
 class Steers:
@@ -3407,7 +3409,7 @@ class AppServer:
         self._workspace = settings.workspace
         self._options = options
         self._message = _well_formed(message)
-        self._excludes_turns = (version_numbers(codex.version) or ()) >= FIRST_TO_EXCLUDE_TURNS
+        self._version = version_numbers(codex.version) or ()
         # The answer to a resume may be the whole thread, 18 MB, and says nothing new.
         self._unread = (b'{"method":"codex/event/',) + (
             (b'{"id":%d,"result":' % THREAD,) if thread_id else ())
@@ -3454,7 +3456,8 @@ class AppServer:
         if self.thread_id is None:
             return _request(THREAD, "thread/start", **params)
         return _request(THREAD, "thread/resume", threadId=self.thread_id,
-                        excludeTurns=self._excludes_turns or None, **params) + self._start_turn()
+                        excludeTurns=self._version >= FIRST_TO_EXCLUDE_TURNS or None,
+                        **params) + self._start_turn()
 
     def _start_turn(self):
         """The request that starts the turn: images first, as exec has them."""
@@ -3475,8 +3478,8 @@ class AppServer:
     def steer(self, steer):
         """What to write to have a Steer cut in, once the turn is accepted; then `turn.steered`
         comes, or not, and the Steer is answered."""
-        if self._ending or self.over:
-            steer.answer(TOO_LATE)
+        if self._ending or self.over or self._version < FIRST_TO_CUT_IN:
+            steer.answer(TOO_OLD if self._version < FIRST_TO_CUT_IN else TOO_LATE)
             return b""
         self._last_id += 1
         self.steers[self._last_id] = steer

@@ -119,11 +119,14 @@ def test_turns_that_take_none(engine, tmp_path):
     assert engine.post("/codex/interrupt").json()["interrupted"]
 
 
-def test_a_codex_that_knows_no_steering(make_engine):
-    engine = make_engine(STAND_IN_CODEX_VERSION="0.98.0")
+@pytest.mark.parametrize("version", ["0.98.0", "0.161.0"])
+def test_a_codex_that_may_lose_a_steer(make_engine, version):
+    """0.98 knows none; those between forget one that still waits when they are interrupted."""
+    engine = make_engine(STAND_IN_CODEX_VERSION=version)
     start(engine, script(*BEGIN, {"sleep": 120}))
     answer = steer(engine, "on")
-    assert answer.status == 409 and "Codex refuses it" in answer.json()["details"]
+    assert answer.status == 409 and "before 0.162" in answer.json()["details"]
+    assert not any("turn/steer" in str(line) for line in engine._stand_in_log())
     engine.post("/codex/interrupt")
 
 
