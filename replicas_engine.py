@@ -1732,6 +1732,7 @@ def own_usage(turn_log, usage, before):
 # see doesn't see that nobody is there.
 
 MARK = "REPLICAS_TURN"                     # the variable; its value is the turn's random mark
+RLIMIT_RTTIME = 15                         # <asm-generic/resource.h>; in microseconds
 PR_SET_CHILD_SUBREAPER = 36                # <linux/prctl.h>
 MAX_COMMAND = 200                          # characters of a command line that are told
 
@@ -1869,11 +1870,25 @@ def lives(pid, entry):
             or len(_look(os.listdir, "/proc/%d/task" % pid) or ()) > 1)
 
 
+def limit_of(mark):
+    """The RLIMIT_RTTIME that marks the processes of the turn with that mark, and limits nothing:
+    36,000 years and more."""
+    return 1 << 60 | int(hashlib.sha256(mark.encode()).hexdigest()[:15], 16)
+
+
+def marks_for(mark):
+    """What marks_of() tells of a process that has all marks of the turn with that mark."""
+    return {mark, str(limit_of(mark))}
+
+
 def marks_of(pid):
-    """The marks in the environment with which a process was started."""
+    """The marks of a process: those in the environment with which it was started, and its hard
+    limit, which it can't get rid of unless it wants to."""
     environment = b"\0" + (_look(_read, "/proc/%d/environ" % pid) or b"")
+    limits = _look(_read, "/proc/%d/limits" % pid) or b""
     return {value.decode("ascii", "replace")
-            for value in re.findall(b"\0" + MARK.encode() + b"=([^\0]*)", environment)}
+            for value in re.findall(b"\0" + MARK.encode() + b"=([^\0]*)", environment)
+            + re.findall(br"Max realtime timeout +\S+ +([0-9]+)", limits)}
 
 
 def command_of(pid):
@@ -2012,8 +2027,8 @@ class ControlGroup:
 # and whatever loses its parent leaves the tree.  Three things together do.  The engine is the
 # subreaper of its descendants (prctl(2)): while it lives, an orphan that is younger than Codex is
 # its child and the turn's, but for those of earlier turns.  No session is shared by two turns.  And
-# all descendants inherit a variable, unless they drop it, by which a later engine finds them and
-# this one tells the turns apart.
+# all descendants inherit a variable, unless they drop it, and a limit that means nothing but which
+# turn it is: by these a later engine finds them, and this one tells the turns apart.
 #
 # Over is what the kernel says is over: Codex was waited for, the control group isn't populated, or
 # a look shows nobody and every known process group answers ESRCH.
@@ -2073,9 +2088,11 @@ class TurnProcesses:
                 logger.warning("a turn goes without a control group: %s", error)
                 self.cgroup.remove()
                 self.cgroup = None
+        with contextlib.suppress(OSError):  # ours is lower: the variable must do
+            resource.prlimit(child.pid, RLIMIT_RTTIME, (limit_of(self.mark),) * 2)
         entry = process(child.pid)
         with _starting:
-            _marks.add(self.mark)
+            _marks.update(marks_for(self.mark))
         self.child, self.pid = child, child.pid
         self.started_ticks = entry.started_ticks if entry else None
         self._groups.add(child.pid)
@@ -2184,13 +2201,14 @@ class TurnProcesses:
             return True
         if entry.started_ticks < (self.started_ticks or 0):
             return False
+        own = marks_for(self.mark)
         if not self.child:
-            return self.mark in marks_of(pid)
+            return bool(own & marks_of(pid))
         if entry.parent != os.getpid() or pid in _own_children:
             return False
         marks = marks_of(pid)
         # Process 1 is the parent of all that a container loses: there only a mark tells.
-        return self.mark in marks or (
+        return bool(own & marks) or (
             os.getpid() != 1 and not marks & _marks and entry.session not in _old_sessions)
 
     # Stopping

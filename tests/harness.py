@@ -313,7 +313,13 @@ def every_pid():
 
 
 def command_of(pid):
-    return _proc(pid, "cmdline").split(b"\0")
+    """The words of its command line; where its first thread has ended, another one tells."""
+    line = _proc(pid, "cmdline")
+    if not line and _stat(pid)[:1] == [b"Z"]:
+        with contextlib.suppress(OSError):
+            line = b"".join(_proc(pid, "task/%s/cmdline" % thread)
+                            for thread in os.listdir("/proc/%d/task" % pid))
+    return line.split(b"\0")
 
 
 def processes_with(variable, value):
@@ -323,14 +329,14 @@ def processes_with(variable, value):
 
 
 def is_alive(pid):
-    """Whether the process runs; a zombie does not."""
+    """Whether its first thread runs; a zombie does not."""
     return _stat(pid)[:1] not in ([], [b"Z"], [b"X"])
 
 
 def running(word):
-    """The pids of the living processes that have it in their command line."""
-    return [pid for pid in every_pid()
-            if any(word.encode() in part for part in command_of(pid)) and is_alive(pid)]
+    """The pids of the living processes that have it in their command line, which a zombie has not.
+    """
+    return [pid for pid in every_pid() if any(word.encode() in part for part in command_of(pid))]
 
 
 def children_of(pid, states=b"RSDTtZ"):

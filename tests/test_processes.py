@@ -17,6 +17,7 @@ import pytest
 import conftest
 import harness
 import replicas_engine
+import tricks
 from harness import command_of, is_alive, running, script, wait_for, zombies_of
 
 # Every process to be stopped is found by a number in its command line that no other has, and not
@@ -81,42 +82,12 @@ def go_the_way():
 
 # The real Codex
 
-FORK_CHAIN = """\
-import os, sys, time
-open("chain", "w").close()
-end = time.monotonic() + 20
-for _ in range(50000):
-    if time.monotonic() > end or os.fork():
-        os._exit(0)
-    if "sessions" in sys.argv:
-        os.setsid()
-"""
-
-# What a turn runs: the command, and how many processes sleep when it is well under way.
-COMMANDS = {
-    "under a shell": ("bash -c 'sleep {n}; true'; true", 1),
-    "in the background": ("sleep {n} & (sleep {n} &) ; sleep {n}", 3),
-    "with setsid": ("setsid sleep {n} & setsid -f sleep {n}; sleep {n}", 3),
-    "with nohup": ("nohup sleep {n} >/dev/null 2>&1 & nohup sleep {n} >/dev/null 2>&1", 2),
-    "ignoring signals": ("trap '' TERM INT HUP; setsid sleep {n} & sleep {n}; sleep {n}", 2),
-    "a chain of forks": ("sleep {n} & {python} {chain} {n}; wait", 1),
-    "many forks": ("for i in $(seq 150); do sleep {n} & done; wait", 150),
-    "many orphans": ("for i in $(seq 500); do (setsid sleep {n} &); done; sleep {n}", 501),
-    "stopped": ("sleep {n} & kill -STOP $!; setsid -f sh -c 'sleep {n} & kill -STOP $$'; sleep {n}",
-                2),
-    "without an environment": ("env -i setsid -f sleep {n}; (env -i setsid sleep {n} &); sleep {n}",
-                               3),
-    "in a PID namespace": ("unshare --user --map-root-user --pid --fork setsid sleep {n} & sleep {n}",
-                           2),
-}
 NOT_IN_THE_SANDBOX = ["in a PID namespace"]
-if conftest.lacks("user namespaces"):
-    del COMMANDS["in a PID namespace"]
-# By a later engine these can't be found in the process table, as nothing of the turn is on them.
-NOT_WITHOUT_CONTROL_GROUPS = ["without an environment"]
+TRICKS = [name for name in tricks.COMMANDS
+          if name not in NOT_IN_THE_SANDBOX or not conftest.lacks("user namespaces")]
 
 
-@pytest.fixture(params=["0.169.0", "0.98.0", "0.50.0"])
+@pytest.fixture(params=harness.CODEX_VERSIONS)
 def real_engine(request, go_the_way, make_engine, model):
     """A function: an engine that goes that way, with a real Codex."""
     codex = conftest.real_codex(request.param)
@@ -130,17 +101,15 @@ def real_engine(request, go_the_way, make_engine, model):
     return start
 
 
-def run_for_long(engine, name, **options):
-    """A turn in which what COMMANDS[name] starts is running: its id, and the number of all that."""
-    number, chain = unique(), os.path.join(engine.workspace, "chain.py")
-    with open(chain, "w", encoding="utf-8") as file:
-        file.write(FORK_CHAIN)
-    command, count = COMMANDS[name]
-    command = command.format(n=number, python=sys.executable, chain=chain)
+def run_for_long(engine, names, **options):
+    """A turn in which what these tricks start is running: its id, and the number of all that."""
+    number = unique()
+    tricks.prepare(engine.folder)
+    command, count, made = tricks.command(names, number, engine.folder, sys.executable)
     turn = engine.start_turn("model: run " + command, **options)
-    wait_for(lambda: len(sleepers(number)) >= count, name)
-    if "{chain}" in COMMANDS[name][0]:
-        wait_for(lambda: os.path.exists(os.path.join(engine.workspace, "chain")))
+    wait_for(lambda: len(sleepers(number)) >= count, names)
+    for name in made:
+        wait_for(lambda: os.path.exists(os.path.join(engine.workspace, name)), name)
     return turn, number
 
 
@@ -150,10 +119,10 @@ def test_the_real_codex_and_all_it_runs(real_engine, way, sandbox):
     if sandbox == "workspace-write":
         conftest.need("user namespaces")
     engine, thread = real_engine(way), None
-    for name in COMMANDS:
+    for name in TRICKS:
         if sandbox == "workspace-write" and name in NOT_IN_THE_SANDBOX:
             continue
-        turn, number = run_for_long(engine, name, sandbox_mode=sandbox)
+        turn, number = run_for_long(engine, [name], sandbox_mode=sandbox)
         answer = engine.post("/codex/interrupt")
         left = running(number)
         assert not left, (name, [command_of(pid) for pid in left])
@@ -171,18 +140,19 @@ def test_the_real_codex_and_all_it_runs(real_engine, way, sandbox):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_real_codex_of_an_engine_that_is_killed(real_engine, way):
     engine, bystander = real_engine(way), unique()
-    with subprocess.Popen(["sleep", bystander]) as sleeping:
-        for name in COMMANDS:
-            if way == "process table" and name in NOT_WITHOUT_CONTROL_GROUPS:
-                continue
-            turn, number = run_for_long(engine, name, sandbox_mode="danger-full-access")
-            engine.kill()
-            engine.start()
-            assert engine.events(turn)[-2].json()["error"]["code"] == "engine_restarted"
-            left = running(number)
-            assert not left, (name, [command_of(pid) for pid in left])
-        assert sleeping.poll() is None
-        sleeping.kill()
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in sleepers(bystander)])
+        subprocess.run(["setsid", "-f", "sleep", bystander], check=True)
+        engine.send("model: run setsid -f sleep %s >/dev/null 2>&1 </dev/null" % bystander,
+                    sandbox_mode="danger-full-access")          # and one that a turn left
+        bystanders = wait_for(lambda: sleepers(bystander)[1:] and sleepers(bystander))
+        turn, number = run_for_long(engine, TRICKS, sandbox_mode="danger-full-access")
+        engine.kill()
+        engine.start()
+        assert engine.events(turn)[-2].json()["error"]["code"] == "engine_restarted"
+        left = running(number)
+        assert not left, [command_of(pid) for pid in left]
+        assert sleepers(bystander) == bystanders
 
 
 # What other processes do, with the stand-in
@@ -224,17 +194,16 @@ def test_whatever_an_interrupted_turn_started(engine, how):
 @pytest.mark.parametrize("clean_env", [False, True])
 def test_a_chain_of_forks_each_in_a_session_of_its_own(engine, clean_env):
     """A process that lives for a moment only, after which another one is there."""
-    started = os.path.join(engine.workspace, "chain")
     for _ in range(4):
         number = unique()
+        started = os.path.join(engine.workspace, number + ".chain")
         engine.start_turn(script(BEGIN, {"spawn": {
-            "argv": [sys.executable, "-c", FORK_CHAIN, "sessions", number], "stdout": "null",
+            "argv": [sys.executable, "-c", tricks.FORK_CHAIN, number, "sessions"], "stdout": "null",
             "clean_env": clean_env}}, HANG))
         wait_for(lambda: os.path.exists(started))
         assert engine.post("/codex/interrupt").json()["interrupted"] is True
         for _ in range(20):
             assert not running(number)
-        os.unlink(started)
 
 
 @pytest.mark.parametrize("path", ["/codex/interrupt", "/codex/reset"])
@@ -324,15 +293,15 @@ def test_an_interrupt_after_the_turns_end_and_before_codexs(engine, tmp_path):
 
 
 def test_forks_all_the_time(engine):
-    number = unique()
-    chain = {"argv": [sys.executable, "-c", FORK_CHAIN, number], "stdout": "null", "session": True}
     for _ in range(3):
+        number = unique()
+        chain = {"argv": [sys.executable, "-c", tricks.FORK_CHAIN, number], "stdout": "null",
+                 "session": True}
         engine.start_turn(script(BEGIN, {"spawn": chain}, {"spawn": dict(chain, clean_env=True)},
                                  HANG))
-        wait_for(lambda: os.path.exists(os.path.join(engine.workspace, "chain")))
+        wait_for(lambda: os.path.exists(os.path.join(engine.workspace, number + ".chain")))
         assert engine.post("/codex/interrupt").json()["interrupted"] is True
         assert not running(number)
-        os.unlink(os.path.join(engine.workspace, "chain"))
 
 
 def test_orphans_that_die_are_reaped_while_nothing_happens(engine):
@@ -346,15 +315,6 @@ def test_orphans_that_die_are_reaped_while_nothing_happens(engine):
 
 # What gets away from the ways to know a turn's processes
 
-PARTLY_DEAD = """\
-import ctypes, os, sys, threading, time
-threading.Thread(target=time.sleep, args=(120,)).start()
-open(sys.argv[1], "w").write(str(os.getpid()))
-os.rename(sys.argv[1], sys.argv[1] + ".done")
-ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)
-"""
-
-
 def threads_of(pid):
     try:
         return os.listdir("/proc/%d/task" % pid)
@@ -367,11 +327,11 @@ def threads_of(pid):
 def test_a_process_whose_first_thread_has_ended(engine, how):
     """It looks like a zombie, and is none."""
     path = os.path.join(engine.folder, "pid")
-    argv = [sys.executable, "-c", PARTLY_DEAD, path]
+    argv = [sys.executable, "-c", tricks.PARTLY_DEAD, path]
     engine.start_turn(script(BEGIN, {"spawn": dict(
         {"argv": argv, "stdout": "null", "double_fork": True}, **how)}, HANG))
-    wait_for(lambda: os.path.exists(path + ".done"))
-    with open(path + ".done", encoding="ascii") as file:
+    wait_for(lambda: os.path.exists(path + ".dead"))
+    with open(path + ".dead", encoding="ascii") as file:
         pid = int(file.read())
     wait_for(lambda: not is_alive(pid))
     assert len(threads_of(pid)) == 2
@@ -379,9 +339,12 @@ def test_a_process_whose_first_thread_has_ended(engine, how):
     assert not threads_of(pid)
 
 
-@pytest.mark.parametrize("value", ["", "another", "0123456789abcdef" * 2])
+@pytest.mark.parametrize("value", ["", "another", "0123456789abcdef" * 2, "an earlier turn's"])
 def test_a_process_with_another_mark_that_left_the_tree(engine, value):
     number = unique()
+    if value == "an earlier turn's":
+        engine.send("Hello")
+        value = engine.calls()[-1]["env"][replicas_engine.MARK]
     argv = ["env", "%s=%s" % (replicas_engine.MARK, value), "setsid", "-f", "sleep", number]
     engine.start_turn(script(BEGIN, {"spawn": {"argv": argv, "stdout": "null"}}, HANG))
     wait_for(lambda: sleepers(number))
@@ -641,7 +604,7 @@ def test_a_log_that_names_the_engine_as_its_turns_process(begin):
 def test_a_mark_is_one_turns_alone(begin):
     turn, longer, none = begin(), begin(mark=MARK + "e"), begin(mark="")
     assert recovered(turn).find() == {turn.pid}
-    assert replicas_engine.marks_of(none.pid) == {""}
+    assert replicas_engine.marks_of(none.pid) == replicas_engine.marks_for("")
     with waited_for(turn):
         assert recovered(turn).stop() == []
     assert longer.child.poll() is None and none.child.poll() is None
@@ -760,7 +723,7 @@ def test_orphans_behind_a_child_that_is_not_waited_for(begin):
 
 def test_marks(begin):
     turn = begin()
-    assert replicas_engine.marks_of(turn.pid) == {MARK}
+    assert replicas_engine.marks_of(turn.pid) == replicas_engine.marks_for(MARK)
     turn.stop()
     assert replicas_engine.marks_of(turn.pid) == set()
 
