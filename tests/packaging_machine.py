@@ -24,11 +24,11 @@ CLONE = "/srv/a clone"  # packaging/ works from a clone at any path
 SETTINGS = "/etc/replicas-engine/settings.env"
 
 
-def codex_0_169():
-    """The directory of the real Codex 0.169.0 (bin/codex is in it), or None."""
-    found = glob.glob(os.path.join(CHECKOUT, ".cache", "codex", "0.169.0", "node_modules",
-                                   "@openai", "*", "vendor", "*", "bin", "codex"))
-    return os.path.dirname(os.path.dirname(found[0])) if found else None
+def codex_program(version):
+    """The real Codex's own program, which needs no Node, or None."""
+    found = glob.glob(os.path.join(CHECKOUT, ".cache", "codex", version, "node_modules", "@openai",
+                                   "*", "vendor", os.uname().machine + "-*-linux-*", "*", "codex"))
+    return found[0] if found else None
 
 
 def tree(extra=(), suite=SUITE):

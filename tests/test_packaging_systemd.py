@@ -15,6 +15,7 @@ import pytest
 import conftest
 import harness
 import packaging_machine
+import tricks
 from packaging_machine import CHECKOUT, CLONE, SETTINGS, Machine
 
 BASE = "http://127.0.0.1:3737"
@@ -614,15 +615,17 @@ def test_needrestart_leaves_the_engine_alone():
 
 
 @pytest.fixture
-def with_codex():
-    """A machine with the real Codex 0.169.0 and the stand-in model, on which turns are possible.
-    The workspace is /home/ubuntu/project."""
-    codex = packaging_machine.codex_0_169()
+def with_codex(request):
+    """A machine with the real Codex, 0.169.0 where no other is asked for, and the stand-in model,
+    on which turns are possible. The workspace is /home/ubuntu/project."""
+    version = getattr(request, "param", "0.169.0")
+    codex = packaging_machine.codex_program(version)
     if not codex:
-        conftest.unavailable("Codex 0.169.0 is not in .cache/codex: see tests/run")
-    binds = [(codex, "/opt/codex"), (os.path.join(CHECKOUT, "tests"), "/opt/tests")]
+        conftest.unavailable("Codex %s is not in .cache/codex: see tests/run" % version)
+    folder, name = os.path.split(os.path.dirname(codex))
+    binds = [(folder, "/opt/codex"), (os.path.join(CHECKOUT, "tests"), "/opt/tests")]
     with Machine(binds=binds) as machine:
-        os.symlink("/opt/codex/bin/codex", machine.path("/usr/local/bin/codex"))
+        os.symlink("/opt/codex/%s/codex" % name, machine.path("/usr/local/bin/codex"))
         machine.boot()
         machine.run("systemd-run --quiet --unit=stand-in-model -p User=ubuntu"
                     " python3 /opt/tests/stand_in_model --codex-home /home/ubuntu/.codex")
@@ -861,42 +864,51 @@ def test_stop_leaves_no_process(with_codex):
     assert machine.get("/health")[0] == 0
 
 
-# What gets away from whoever looks for parents, sessions and environments.
-ESCAPES = ("setsid -f sleep 3571; env -i setsid -f sleep 3572; (env -i setsid sleep 3573 &);"
-           " unshare --user --map-root-user --pid --fork sleep 3574 & sleep 3575 & kill -STOP $!;"
-           " for i in $(seq 100); do setsid -f sleep 3576; done; sleep 3577")
-ESCAPED = "pgrep -f '^sleep 357[1-7]' | wc -l"
+NUMBER = "4000.3571"                    # in the command line of whatever a turn tries to hide
+ESCAPED = "cat /proc/[0-9]*/task/*/cmdline 2>/dev/null | grep -azc '^%s$' || true" % NUMBER
 CGROUPS = ("find /sys/fs/cgroup -path '*/replicas-engine.service/*' -type d"
            " -name 'replicas-turn-*' | sort -u")
 
 
-def start_escapes(machine, command=ESCAPES, count=105):
-    secret = machine.secret()
+def start_escapes(machine, names):
+    """A turn in which these tricks are under way, in the thread that reads its events."""
+    folder = "/home/ubuntu/project/"
+    tricks.prepare(machine.path("/srv"))
+    command, count, made = tricks.command(names, NUMBER, "/srv")
+    machine.run("cd %s; rm -f %s" % (folder, " ".join(made)))
     thread = threading.Thread(target=machine.post, args=("/codex/send", {
         "message": "model: run %s\nmodel: say Done." % command,
-        "sandbox_mode": "danger-full-access"}, secret))
+        "sandbox_mode": "danger-full-access"}, machine.secret()))
     thread.start()
-    machine.wait_for(lambda: int(machine.out(ESCAPED)) >= count)
+    machine.wait_for(lambda: int(machine.out("pgrep -fc '^sleep %s' || true" % NUMBER)) >= count)
+    assert int(machine.out(ESCAPED)) >= count
+    for name in made:
+        machine.wait_for(lambda: os.path.exists(machine.path(folder, name)))
     return thread
 
 
-@pytest.mark.parametrize("how", ["interrupt", "kill -9"])
-def test_nothing_gets_away_from_a_turns_control_group(with_codex, how):
+@pytest.mark.parametrize("with_codex", harness.CODEX_VERSIONS, indirect=True)
+def test_nothing_gets_away_from_a_turns_control_group(with_codex):
+    """All tricks at once; and nothing is hit that is not the turn's."""
     machine = with_codex
-    for _ in range(2):
-        thread = start_escapes(machine)
+    machine.run("setsid -f setpriv --reuid=ubuntu --clear-groups sleep 4000.1 >/dev/null 2>&1")
+    for how in ("kill -9", "interrupt"):
+        thread = start_escapes(machine, tricks.COMMANDS)
         cgroup = machine.out(CGROUPS)
         pids = machine.out("cat %s/cgroup.procs" % cgroup).split()
-        assert set(machine.out("pgrep -f '^sleep 357[1-7]'").split()) <= set(pids)
+        assert set(machine.out("pgrep -f '^sleep %s'" % NUMBER).split()) <= set(pids)
         if how == "interrupt":
             status, text = machine.post("/codex/interrupt", {}, machine.secret())
             assert (status, json.loads(text)["interrupted"]) == (200, True), machine.journal()
+            populated = machine.out("cat %s/cgroup.events || true" % cgroup)
+            assert populated == "" or "populated 0" in populated
         else:
             machine.run("kill -9 %d" % machine.pid())
             machine.wait_for(lambda: machine.get("/codex/events", machine.secret())[0] == 200)
         assert machine.out(ESCAPED) == "0"
         thread.join(harness.PATIENCE)
         machine.wait_for(lambda: machine.out(CGROUPS) == "")
+    assert machine.out("pgrep -fc '^sleep 4000.1$'") == "1"
 
 
 def test_what_turns_leave_running(with_codex):
@@ -909,7 +921,7 @@ def test_what_turns_leave_running(with_codex):
                           "model: say Done.", sandbox_mode="danger-full-access")
     assert found[-2][0] == "turn.completed"
     cgroup = machine.out(CGROUPS)
-    thread = start_escapes(machine)
+    thread = start_escapes(machine, ["without an environment", "partly dead"])
     assert machine.post("/codex/interrupt", {}, machine.secret())[0] == 200
     thread.join(harness.PATIENCE)
     assert machine.out(ESCAPED) == "0" and machine.out(CGROUPS) == cgroup

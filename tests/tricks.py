@@ -40,8 +40,8 @@ COMMANDS = {
     "with another mark": ("REPLICAS_TURN= setsid -f sleep {n}; (REPLICAS_TURN=another setsid"
                           " sleep {n} &); sleep {n}", 3),
     "partly dead": ("(env -i setsid {python} {folder}/partly_dead.py {n} &); sleep {n}", 1),
-    "in a PID namespace": ("unshare --user --map-root-user --pid --fork setsid sleep {n} & sleep {n}",
-                           2),
+    "in a PID namespace": ("unshare --user --map-root-user --pid --fork setsid sleep {n} &"
+                           " sleep {n}", 2),
 }
 # By what it has made one sees that a command that doesn't sleep is under way.
 MAKES = {"a chain of forks": ".chain", "partly dead": ".dead"}
