@@ -56,10 +56,10 @@ def test_its_stream_begins_with_it(engine):
     assert events == engine.events(turn)[-len(events):] and len(events) < len(engine.events(turn))
 
 
-def slow_to_start(make_engine, **constants):
+def slow_to_start(make_engine):
     """An engine whose next turn starts late, when its Codex has said its version, and the file that
     is there while it starts."""
-    engine = make_engine(start=False, constants=constants)
+    engine = make_engine(start=False)
     shim, asked = os.path.join(engine.folder, "slow-codex"), os.path.join(engine.folder, "asked")
     engine.env["CODEX_PATH"] = shim
     for command in (":", "touch %s; sleep 2" % asked):      # the engine asks again of a new program
@@ -72,18 +72,6 @@ def slow_to_start(make_engine, **constants):
             engine.start()
             assert engine.status()["codex"]["version"]
     return engine, asked
-
-
-def test_a_turn_that_is_interrupted_while_it_starts(make_engine):
-    """At once, not at the next look at the deadlines."""
-    (engine, asked), events = slow_to_start(make_engine, LOOK_INTERVAL=600), []
-    thread = threading.Thread(target=lambda: events.extend(engine.send("never")))
-    thread.start()
-    wait_for(lambda: os.path.exists(asked))
-    # The file may be there because somebody else asked for the version.
-    wait_for(lambda: engine.post("/codex/interrupt").json()["interrupted"])
-    thread.join()
-    assert events[-2].json()["error"]["code"] == "interrupted"
 
 
 def test_a_turn_that_is_just_starting(make_engine):

@@ -35,6 +35,27 @@ def at_once(count, function):
     return results
 
 
+def test_a_turn_that_is_stopped_while_it_starts(engine, monkeypatch):
+    """At once, not at the next look at the deadlines, and Codex doesn't get the message."""
+    engine.stop()                           # its place is taken by one in this process
+    monkeypatch.setattr(replicas_engine, "LOOK_INTERVAL", 600.0)
+    settings = replicas_engine.Settings(engine.env)
+    runner = replicas_engine.CodexRunner(settings)
+
+    def prepare(options):
+        runner.stop(runner.current, "interrupted")
+        return replicas_engine.CodexRunner.prepare(runner, options)
+    runner.prepare = prepare
+    runner.open()
+    log, _ = runner.send(replicas_engine.TurnOptions({"message": "never"}, settings))
+    log.wait_for_end(harness.PATIENCE)
+    assert log.finished
+    runner.close()
+    engine.start()
+    assert engine.events(1)[-2].json()["error"]["code"] == "interrupted"
+    assert "never" not in engine.prompts()
+
+
 def keyed(engine, key, message, prefer=None, **options):
     headers = {"Idempotency-Key": key}
     if prefer:
