@@ -148,7 +148,7 @@ def test_the_checker_agrees_with_the_parser():
         {"a": [1, -2.5e-7, True, None], "é😀": {"": [[], {}, "\\\"\n\u2028"]}},
         [[[0, 10, 1e300], {"x": {"y": {"z": False}}}], "text", {"k": "v", "l": "w"}]]]
     verdicts = collections.Counter()
-    for _ in range(20000):
+    for _ in range(6000):
         text = bytearray(source.choice(seeds))
         for _ in range(source.choice((0, 1, 1, 2))):
             place = source.randrange(len(text))
@@ -158,7 +158,7 @@ def test_the_checker_agrees_with_the_parser():
         expected = json_line(bytes(text)) is not None
         assert is_json(bytes(text), source.choice((1, 2, 3, 7, 20, 1000))) == expected, bytes(text)
         verdicts[expected] += 1
-    assert min(verdicts.values()) > 2000
+    assert min(verdicts.values()) > 600
 
 
 def test_every_odd_line_through_the_engine(engine):
@@ -230,7 +230,7 @@ def read_page(path, tail=None, offset=0, limit=None):
 def test_every_way_through_a_file(tmp_path, monkeypatch, size, compressed):
     monkeypatch.setattr(replicas_engine, "BLOCK_SIZE", size)
     source = random.Random(size)
-    for number in range(4 if compressed else 40):
+    for number in range(2 if compressed else 20):
         data = random_content(source.choice)
         path = write(str(tmp_path / ("%d.jsonl" % number)), data)
         path = compress(path) if compressed else path

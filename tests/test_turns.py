@@ -196,7 +196,7 @@ def test_an_interrupt_while_a_turn_starts(engine):
 def test_a_reset_racing_with_the_thread(engine, tmp_path):
     """Whatever the old turn still prints, its thread does not come back."""
     threads = set()
-    for moment in range(100):
+    for moment in range(40):
         go_on = str(tmp_path / ("go-on-%d" % moment))
         turn = engine.start_turn(script({"wait_for": go_on}, BEGIN, {"count": {"n": 30}}, HANG))
         open(go_on, "w").close()
