@@ -3835,6 +3835,11 @@ class CodexRun:
         events, self.events = self.events, []
         return events
 
+    def withhold(self):
+        """Give Codex no prompt, nor an end of it: it is going to be stopped."""
+        self._input.clear()
+        self._selector.unregister(self.child.stdin)
+
     def send(self, data):
         """Write to Codex, now or when the pipe takes it."""
         self._input += data
@@ -4240,7 +4245,9 @@ class Turn:
     def _begin(self):
         """Let Codex have its prompt: from now on the message is sent, whatever goes wrong."""
         try:
-            if not self.stop_code:
+            if self.stop_code:
+                self.run.withhold()
+            else:
                 self.run.exchange(0)
         finally:
             self.log.sync(created=True)

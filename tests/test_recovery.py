@@ -84,7 +84,8 @@ def check_state(engine):
         with open(os.path.join(engine.state, "turns", name), "rb") as file:
             head, _, body = file.read().partition(b"\n\n")
         assert json.loads(head[2:].decode())["turn"] == int(name[:-4])
-        check_stream(harness.parse_events(body))
+        # The room for an ending stays behind it where the engine was killed between the two.
+        check_stream(harness.parse_events(body.rstrip(b"\0")))
 
 
 # SIGTERM and SIGINT
