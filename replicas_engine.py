@@ -1373,7 +1373,7 @@ class TurnLog:
             try:
                 os.fdatasync(fd)
             except OSError as error:            # the kernel says it once only: fsync(2)
-                if error.errno != errno.EBADF:  # the log was just finished
+                if self._fd == fd:          # else the log was just finished
                     self._may_be_lost(error)
 
     def leave(self):
@@ -2303,8 +2303,9 @@ class TurnProcesses:
                 _old_sessions.clear()
                 _old_sessions.update(sessions)
         if self.cgroup:
-            for cgroup in ControlGroup.all_in(os.path.dirname(self.cgroup.folder)):
-                cgroup.remove()
+            with contextlib.suppress(OSError):
+                for cgroup in ControlGroup.all_in(os.path.dirname(self.cgroup.folder)):
+                    cgroup.remove()
 
 
 def end_leftovers():
@@ -4096,6 +4097,12 @@ class Stopper:
             logger.error("turn %d: it can't be told what is left of it: %s", self.turn_id, error)
             self.left = [{"pid": turn_processes.pid, "command": None}]
 
+    def check(self):
+        """Raise HTTPError 500 that names what could not be stopped."""
+        if self.left:
+            raise HTTPError(500, "Not everything of the turn could be stopped",
+                            turn_id=self.turn_id, processes=self.left)
+
     def _stop_when_told(self):
         """The thread."""
         turn_processes = self._orders.get()
@@ -4210,7 +4217,7 @@ class Turn:
 
     def _start(self):
         """Start Codex, which does nothing before it has its prompt, and then the log."""
-        waited = self.log is not None
+        waited, self.absent = self.log is not None, ()
         if waited:
             self.started_at = time.monotonic()
             self.progress.begin()
@@ -4278,8 +4285,9 @@ class Turn:
         self.stopper.stop(self.run.processes)       # it may hold the thread
         self.run.exited.wait()
         self.run.close()
-        self._launch(thread_id, live=False)
-        self._relay()
+        if not self.stop_code:
+            self._launch(thread_id, live=False)
+            self._relay()
 
     def _not_started(self, error):
         """Nothing was begun: clean up, and let whoever waits know why."""
@@ -4291,10 +4299,11 @@ class Turn:
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
             if waited:                      # there is a log, which will say it
                 self.runner.last_failure = "turn %d could not be started: %s" % (self.id, why)
-                self.progress.terminal = "turn.failed"
+                code = self.stop_code or "not_started"
+                self.progress.terminal = None if self.stop_code else "turn.failed"
                 stack.callback(self._release)
-                stack.callback(self.end_unstarted, why[:MAX_FAILURE_MESSAGE], "not_started",
-                               self._release)
+                stack.callback(self.end_unstarted, STOP_MESSAGES.get(
+                    code, why[:MAX_FAILURE_MESSAGE]), code, self._release)
             else:
                 self.problem = problem
                 stack.callback(self.be_over)
@@ -4414,6 +4423,7 @@ class Turn:
                 stack.callback(step)
             stack.callback(self.steers.close, self.run)
             stack.callback(self._give_up_pending)
+            stack.callback(self.ready.set)
 
     def _give_up_pending(self):
         """Nobody gets the events that the log could not take, nor an end that was among them."""
@@ -4452,9 +4462,7 @@ class Turn:
             self.run.exited.wait()
 
     def _release(self):
-        """Let the next turn start, once what is left of this one can't be taken for its."""
-        if self.run and self.runner.current is self:
-            self.run.processes.discard()
+        """Let the next turn start."""
         self.runner.release(self)
 
     def leave(self):
@@ -5200,13 +5208,6 @@ class Webhook:
 START_PATIENCE = 60.0                      # seconds that a message waits on for Codex to start
 
 
-def _check_stopped(turn):
-    """Raise HTTPError 500 that names what of the turn could not be stopped."""
-    if turn and turn.stopper.left:
-        raise HTTPError(500, "Not everything of the turn could be stopped", turn_id=turn.id,
-                        processes=turn.stopper.left)
-
-
 class CodexRunner(Conversation):
     """What happens to the conversation: turns start, wait, are stopped and end."""
 
@@ -5275,10 +5276,10 @@ class CodexRunner(Conversation):
         """The sync thread: a power cut takes a second of a turn at most, and an ending that the
         disk could not take gets there a second after it can."""
         while not self._closed.wait(SYNC_INTERVAL):
-            turn = self.current
-            if turn and turn.log:
-                turn.log.sync_new()
             try:
+                turn = self.current
+                if turn and turn.log:
+                    turn.log.sync_new()
                 with contextlib.suppress(HTTPError):
                     self._finish_left()
                 if self.queue:              # one that couldn't start, or behind an ending
@@ -5384,7 +5385,8 @@ class CodexRunner(Conversation):
         """Stop the turn in progress; its id when nothing of it is left, None if there was none.
         Raises HTTPError 500 that says what could not be stopped."""
         turn = self._stop_current("interrupted")
-        _check_stopped(turn)
+        if turn:
+            turn.stopper.check()
         return turn.id if turn and not turn.problem and turn.progress.terminal is None else None
 
     def reset(self):
@@ -5398,7 +5400,8 @@ class CodexRunner(Conversation):
                               "%s: the thread is forgotten until the engine restarts: make room "
                               "in %s and reset again"
                               % (error.strerror, self.settings.state)) from None
-        _check_stopped(turn)
+        if turn:
+            turn.stopper.check()
 
     def close(self):
         """Take no more turns and give the one in progress its ending; what it ran is stopped."""
@@ -5417,7 +5420,7 @@ class CodexRunner(Conversation):
             turn.ready.wait()
         for turn in self.waiting():
             turn.log.leave()
-            turn.alarm.close()
+            turn.be_over()
         self.state.close()
 
     def stop(self, turn, code):
@@ -5470,6 +5473,11 @@ class CodexRunner(Conversation):
             turn.stop_code = "cancelled"
         for turn in ready:
             del self.queue[turn.id]
+        turn = self.current                 # it could not be started, and is just tried again
+        if (turn and turn.first_try and turn_id in (None, turn.id) and turn.log.is_queued
+                and not turn.stop_code):
+            turn.stop_code = "cancelled"
+            return ready, len(turns) + 1
         return ready, len(turns)
 
     # For a turn's thread, as the turn goes on
@@ -5514,22 +5522,36 @@ class CodexRunner(Conversation):
 
     def put_back(self, turn, problem, why):
         """Have a message wait on that could not be started, if that may pass; whether it does."""
-        if problem.status != 503:
-            return False
+        try:
+            return problem.status == 503 and self._put_back(turn, why)
+        except Exception:                   # whatever it is, nobody may wait for it for ever
+            return self.current is not turn
+
+    def _put_back(self, turn, why):
+        """Unless it is to be stopped, or was tried for long enough."""
         turn.leave()
-        now = time.monotonic()
+        now, steers = time.monotonic(), Steers(self.lock)
         with self.lock:
             is_first, turn.first_try = turn.first_try is None, turn.first_try or now
-            if turn.stop_code or self.closing or now > turn.first_try + START_PATIENCE:
+            if turn.stop_code not in (None, "shutdown") or (
+                    not self.closing and now > turn.first_try + START_PATIENCE):
                 return False
-            self._wait_again(turn)          # the sync thread starts it
+            steers, turn.steers = turn.steers, steers
+            self._wait_again(turn)          # the sync thread starts it, or the next engine
+        steers.close(None)
+        if self.closing:
+            turn.be_over()
         if is_first:
             logger.warning("turn %d can't be started; for %d s it is tried again: %s",
                            turn.id, START_PATIENCE, why)
         return True
 
     def release(self, turn):
-        """The turn in progress is as good as over: another may start."""
+        """The turn in progress is as good as over: another may start, once what is left of this one
+        can't be taken for its."""
+        with contextlib.suppress(OSError, MemoryError):     # the turn's ending is on the disk
+            if turn.run and self.current is turn:
+                turn.run.processes.discard()
         with self.lock:
             if self.current is not turn:
                 return
@@ -7014,6 +7036,9 @@ class WSGIServer(ThreadingHTTPServer):
                 if not (self._connections or self._spare) or left <= 0:
                     break
                 self._changed.wait(min(0.1, left))
+        with contextlib.suppress(queue.Empty):
+            while True:                     # who had to make room before there was a thread for him
+                self.close_request(self._reserve.get_nowait()[0])
         for _ in range(RESERVE_THREADS):
             self._reserve.put(None)
         for listener in self._listeners.values():

@@ -303,6 +303,31 @@ def test_one_that_waits_on_can_be_taken_out(make_engine, tmp_path):
     assert "never" not in engine.prompts()
 
 
+def test_an_engine_that_ends_while_it_tries(busy):
+    """The next one has the message; one that was to cut into the turn is answered."""
+    put(busy, "on")
+    busy.kill()
+    busy.gate.touch()
+    settings = replicas_engine.Settings(busy.env)
+    runner, steers = replicas_engine.CodexRunner(settings), []
+    closer = threading.Thread(target=runner.close)
+
+    def prepare(options):
+        with runner.lock:
+            steers.append(runner._steer(replicas_engine.TurnOptions({"message": "x"}, settings),
+                                        None))
+        closer.start()
+        wait_for(lambda: runner.closing and runner.current.stop_code)
+        raise replicas_engine.unavailable("No Codex", "wait")
+    runner.prepare = prepare
+    runner.open()
+    wait_for(lambda: steers and steers[0].answered.is_set())
+    assert steers[0].refusal
+    closer.join()
+    busy.start()
+    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+
+
 def test_a_turn_that_cannot_be_started_before_one_that_waits(make_engine, tmp_path):
     """Its id isn't given to another."""
     engine = make_engine(constants={"START_PATIENCE": 0})

@@ -56,6 +56,24 @@ def test_a_turn_that_is_stopped_while_it_starts(engine, monkeypatch):
     assert "never" not in engine.prompts()
 
 
+def test_an_ending_is_written_once_though_what_is_left_cannot_be_seen(engine, monkeypatch):
+    engine.stop()                           # its place is taken by one in this process
+
+    def fail(processes):
+        raise OSError(24, "Too many open files")
+    monkeypatch.setattr(replicas_engine.TurnProcesses, "discard", fail)
+    settings = replicas_engine.Settings(engine.env)
+    runner = replicas_engine.CodexRunner(settings)
+    runner.open()
+    log, _ = runner.send(replicas_engine.TurnOptions({"message": "Hello"}, settings))
+    log.wait_for_end(harness.PATIENCE)
+    wait_for(lambda: not runner.running())
+    assert not runner.unfinished
+    runner.close()
+    engine.start()
+    check_stream(engine.events(1))
+
+
 def keyed(engine, key, message, prefer=None, **options):
     headers = {"Idempotency-Key": key}
     if prefer:

@@ -533,6 +533,16 @@ def test_without_threads_a_silent_crowd_keeps_nobody_out(serve, monkeypatch):
         client.close()
 
 
+def test_who_waits_for_a_thread_when_the_server_ends_is_closed(serve, monkeypatch):
+    served = serve(Application(), RESERVE_THREADS=0)
+    give_connections_no_thread(monkeypatch)
+    crowd = silent(served.port, 3)
+    wait_for(lambda: served.server._reserve.qsize() == 3)
+    served.server.shut_down(0)
+    for client in crowd:
+        client.close()
+
+
 def test_who_makes_room_is_told_so(serve):
     served = serve(Application(), max_connections=1)
     for data in (b"GET / HT", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhel"):
