@@ -61,7 +61,7 @@ const clients = {
         else if (!response.ok) throw new Error(`HTTP ${response.status}`);
       },
       onmessage(event) {
-        show(event.id, event.event, event.data);
+        if (event.data) show(event.id, event.event, event.data);    // else it is a comment
       },
     });
   },
