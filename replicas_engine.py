@@ -2064,6 +2064,7 @@ class TurnProcesses:
 
     def __init__(self, mark, pid=None, started_ticks=None):
         self.mark = mark
+        self._own_marks = marks_for(mark)   # of which its processes have one at least
         self.cgroup = None                  # the ControlGroup, where there is one
         self.child = None                   # Codex, if it is ours
         self.pid = pid                      # Codex's
@@ -2081,6 +2082,8 @@ class TurnProcesses:
 
     def begin(self, child):
         """`child` is the turn's Codex, which has no prompt yet.  Raises OSError."""
+        with contextlib.suppress(OSError):  # ours is lower: the variable must do
+            resource.prlimit(child.pid, RLIMIT_RTTIME, (limit_of(self.mark),) * 2)
         if self.cgroup:
             try:
                 self.cgroup.add(child.pid)
@@ -2088,11 +2091,9 @@ class TurnProcesses:
                 logger.warning("a turn goes without a control group: %s", error)
                 self.cgroup.remove()
                 self.cgroup = None
-        with contextlib.suppress(OSError):  # ours is lower: the variable must do
-            resource.prlimit(child.pid, RLIMIT_RTTIME, (limit_of(self.mark),) * 2)
         entry = process(child.pid)
         with _starting:
-            _marks.update(marks_for(self.mark))
+            _marks.update(self._own_marks)
         self.child, self.pid = child, child.pid
         self.started_ticks = entry.started_ticks if entry else None
         self._groups.add(child.pid)
@@ -2201,14 +2202,13 @@ class TurnProcesses:
             return True
         if entry.started_ticks < (self.started_ticks or 0):
             return False
-        own = marks_for(self.mark)
         if not self.child:
-            return bool(own & marks_of(pid))
+            return bool(self._own_marks & marks_of(pid))
         if entry.parent != os.getpid() or pid in _own_children:
             return False
         marks = marks_of(pid)
         # Process 1 is the parent of all that a container loses: there only a mark tells.
-        return bool(own & marks) or (
+        return bool(self._own_marks & marks) or (
             os.getpid() != 1 and not marks & _marks and entry.session not in _old_sessions)
 
     # Stopping
@@ -3837,7 +3837,7 @@ class CodexRun:
         return events
 
     def withhold(self):
-        """Give Codex no prompt, nor an end of it: it is going to be stopped."""
+        """Give Codex no prompt: it is going to be stopped."""
         self._input.clear()
         self._selector.unregister(self.child.stdin)
 
@@ -4022,13 +4022,15 @@ class Progress:
             self.complaint = message_of(event.get("error"))
         self.ended_at = time.monotonic()
 
-    def deadlines(self, driver, is_unwanted, holding):
+    def deadlines(self, run, is_unwanted, holding):
         """What Codex has to do by when: pairs of a moment of time.monotonic and the code of what
         happens else, None where Codex has only to exit.  It is unwanted when the turn is stopped;
         `holding`: it waits for our disk."""
+        driver = run.driver
         ended_at = driver.ended_at or self.terminal and self.ended_at
         if ended_at:
-            yield ended_at + (INTERRUPT_PATIENCE if is_unwanted else EXIT_PATIENCE), None
+            if not run.exited.is_set():     # else it is our disk that is waited for
+                yield ended_at + (INTERRUPT_PATIENCE if is_unwanted else EXIT_PATIENCE), None
         elif self.settings.turn_timeout:
             yield self.timed_from + self.settings.turn_timeout, "timeout"
         if self.settings.idle_timeout and not (self.items or self.terminal or holding):
@@ -4094,7 +4096,7 @@ class Stopper:
         try:
             self.left = turn_processes.stop()
         except Exception as error:          # it can't look: what it doesn't see may be there
-            logger.error("turn %d: it can't be told what is left of it: %s", self.turn_id, error)
+            logger.error("turn %d: what is left of it can't be seen: %s", self.turn_id, error)
             self.left = [{"pid": turn_processes.pid, "command": None}]
 
     def check(self):
@@ -4149,7 +4151,8 @@ class Turn:
         self.over = threading.Event()
         self.problem = None
         self.log = log
-        self.stop_code = None               # why it is being stopped; the runner's lock guards it
+        self.stop_code = None               # why it is being stopped; the runner's lock guards this
+        self.is_begun = False               # Codex may have the prompt; and so does it this
         self.alarm = Alarm()                # rung when there is something to look at
         self.steers = Steers(runner.lock)
         # Its own thread's
@@ -4204,7 +4207,8 @@ class Turn:
             if not (self.stop_code or self.run.driver.accepted):
                 self._relay_again(self.thread_id, "codex app-server doesn't take the turn, so exec "
                                   "does: %s" % (self.run.refused or self.run.how_it_ended()))
-            if self._is_untouched() and self.run.says_unknown_thread():
+            if (self.thread_id and not (self.log.last or self.stop_code)    # nothing has come of it
+                    and self.run.says_unknown_thread()):
                 self._relay_again(None, "Codex doesn't know thread %s any more: the message goes "
                                   "to a new one" % self.thread_id)
         except Exception as error:          # whatever it is, no reason to leave Codex running
@@ -4251,11 +4255,13 @@ class Turn:
 
     def _begin(self):
         """Let Codex have its prompt: from now on the message is sent, whatever goes wrong."""
+        with self.runner.lock:
+            self.is_begun = not self.stop_code
         try:
-            if self.stop_code:
-                self.run.withhold()
-            else:
+            if self.is_begun:
                 self.run.exchange(0)
+            else:
+                self.run.withhold()
         finally:
             self.log.sync(created=True)
             self.runner.started(self)
@@ -4298,9 +4304,10 @@ class Turn:
         logger.error("turn %d could not be started: %s", self.id, why)
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
             if waited:                      # there is a log, which will say it
-                self.runner.last_failure = "turn %d could not be started: %s" % (self.id, why)
                 code = self.stop_code or "not_started"
-                self.progress.terminal = None if self.stop_code else "turn.failed"
+                if not self.stop_code:
+                    self.runner.last_failure = "turn %d could not be started: %s" % (self.id, why)
+                    self.progress.terminal = "turn.failed"
                 stack.callback(self._release)
                 stack.callback(self.end_unstarted, STOP_MESSAGES.get(
                     code, why[:MAX_FAILURE_MESSAGE]), code, self._release)
@@ -4377,9 +4384,7 @@ class Turn:
         if self._asked_until and not self.progress.terminal:
             return min(waits[0], max(0.0, self._asked_until - time.monotonic()))
         now = time.monotonic()
-        for deadline, code in self.progress.deadlines(self.run.driver, self.stop_code, holding):
-            if code is None and self.run.exited.is_set():
-                continue                    # it is our disk that is waited for
+        for deadline, code in self.progress.deadlines(self.run, self.stop_code, holding):
             if now >= deadline:
                 self._too_late(code)
                 return 0 if code else waits[0]
@@ -4410,10 +4415,6 @@ class Turn:
             self.log.append(wanted)
 
     # Its end
-
-    def _is_untouched(self):
-        """Whether nothing has come of the message, and it is still wanted."""
-        return self.thread_id and not self.log.last and not self.stop_code
 
     def _end(self):
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
@@ -5464,20 +5465,17 @@ class CodexRunner(Conversation):
         return steer
 
     def _take_out(self, turn_id=None):
-        """Take a turn, or every one, out of the queue: those to be ended, and how many in all; who
-        writes one that isn't ready yet takes it out and ends it."""
-        turns = [turn for turn in self.queue.values()
-                 if turn_id in (None, turn.id) and not turn.stop_code]
-        ready = [turn for turn in turns if turn.ready.is_set()]
+        """Take a turn, or every one, out of the queue: those to be ended, and how many in all.  Who
+        writes one that isn't ready yet, or just starts one, ends it."""
+        turns = [turn for turn in (self.current, *self.queue.values())
+                 if turn and turn_id in (None, turn.id) and not turn.stop_code
+                 # of the one in progress the message waits until Codex gets it
+                 and (turn is not self.current or turn.ready.is_set() and not turn.is_begun)]
+        ready = [turn for turn in turns if turn.ready.is_set() and turn is not self.current]
         for turn in turns:
             turn.stop_code = "cancelled"
         for turn in ready:
             del self.queue[turn.id]
-        turn = self.current                 # it could not be started, and is just tried again
-        if (turn and turn.first_try and turn_id in (None, turn.id) and turn.log.is_queued
-                and not turn.stop_code):
-            turn.stop_code = "cancelled"
-            return ready, len(turns) + 1
         return ready, len(turns)
 
     # For a turn's thread, as the turn goes on

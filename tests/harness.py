@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 
+import replicas_engine
+
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
 MODULE = os.path.join(ROOT, "replicas_engine.py")
@@ -177,6 +179,10 @@ class Engine:
         self.port = None
 
     # The process
+
+    def runner(self):
+        """A runner in this process that takes the place of the engine, which has ended."""
+        return replicas_engine.CodexRunner(replicas_engine.Settings(self.env))
 
     def start(self, wait=True):
         begin = os.path.getsize(self.log_path) if os.path.exists(self.log_path) else 0

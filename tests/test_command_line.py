@@ -542,6 +542,16 @@ def notifications(tmp_path):
         yield sock
 
 
+def test_the_status_line_names_the_turn_that_runs(make_engine, notifications, tmp_path):
+    """And not the newest, which waits."""
+    engine, gate = make_engine(NOTIFY_SOCKET=notifications.getsockname()), tmp_path / "gate"
+    engine.start_turn(script({"thread": "new"}, {"wait_for": str(gate)}, {"complete": True}))
+    for _ in range(2):
+        engine.start_turn(script({"thread": "new"}, {"sleep": 30}), when_busy="queue")
+    gate.touch()
+    wait_for(lambda: notifications.recv(100) == b"STATUS=Running turn 2")
+
+
 def test_notify_and_watchdog(make_engine, notifications):
     engine = make_engine(NOTIFY_SOCKET=notifications.getsockname(), WATCHDOG_USEC="4000000")
     assert notifications.recv(100) == b"READY=1\nSTATUS=Idle"

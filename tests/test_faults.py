@@ -231,6 +231,45 @@ def test_a_failure_whose_traceback_cannot_be_shown(faulty):
     wait_for(lambda: "GET /codex/turns failed (the rest can't be shown: Mem" in engine.log())
 
 
+def test_a_body_that_cannot_be_begun_is_503(faulty, tmp_path):
+    """Its pieces are read after the application has answered."""
+    engine = faulty()
+    gate = str(tmp_path / "gate")
+    engine.start_turn(script(BEGIN, {"wait_for": gate}, {"complete": True}))
+    engine.start_turn("Hello", when_busy="queue")
+    engine.fail(calls=["os.fstat"], probability=1, threads="connection.*", errors=["MemoryError"])
+    assert engine.request("GET", "/codex/queue").status == 503
+    engine.heal()
+    assert engine.request("GET", "/codex/queue").status == 200
+    open(gate, "w").close()
+
+
+def test_a_stream_that_cannot_read_the_next_log_ends(faulty, tmp_path):
+    """Without a failure of the server, and its client comes back."""
+    engine, gate = faulty(), str(tmp_path / "gate")
+    engine.start_turn(script(BEGIN, {"wait_for": gate}, {"complete": True}))
+    engine.start_turn("two", when_busy="queue")
+    connection, response = engine.open("GET", "/codex/events?follow=1")
+    with contextlib.closing(connection):
+        stream = read_events(response)
+        seen = [next(stream)]
+        engine.fail(calls=["os.fstat"], probability=1, threads="connection.*",
+                    errors=["MemoryError"])
+        open(gate, "w").close()
+        seen += stream
+    engine.heal()
+    assert seen == engine.events(1) and engine.events(2)[-2].type == "turn.completed"
+    assert "the application failed" not in engine.log()
+
+
+def test_a_disk_that_loses_a_running_turns_log_is_named(faulty):
+    engine = faulty()
+    engine.fail(calls=["os.fdatasync"], probability=1, threads="sync", errors=["EIO"])
+    turn = engine.start_turn(script(BEGIN, {"sleep": 120}))
+    wait_for(lambda: "turn %d: its log may not outlive a power cut: Input/output error" % turn
+             in engine.log())
+
+
 def test_a_log_that_can_be_neither_written_nor_deleted(faulty):
     """Its turn never was, and it is not left open."""
     engine = faulty()

@@ -6,6 +6,8 @@ import signal
 
 import pytest
 
+import harness
+import replicas_engine
 from harness import check_stream, is_alive, read_events, script, wait_for
 
 BEGIN = {"thread": "resume"}
@@ -69,6 +71,30 @@ def test_a_message_that_the_app_server_does_not_take_goes_to_exec(engine, steps)
     assert engine.prompts()[-1] == "Hello"
     wait_for(lambda: "warning turn 1: codex app-server doesn't take the turn, so exec does"
              in engine.log())
+
+
+def test_a_turn_that_is_stopped_before_exec_takes_over(engine, monkeypatch):
+    """No other Codex is started."""
+    at_requests(engine, initialize=[{"exit": 1}])
+    engine.stop()
+    runner = engine.runner()
+
+    def stop(stopper, turn_processes):
+        runner.stop(runner.current, "interrupted")
+        stop_as_ever(stopper, turn_processes)
+    stop_as_ever, run_as_ever, ways = replicas_engine.Stopper.stop, replicas_engine.CodexRun, []
+    monkeypatch.setattr(replicas_engine, "CodexRun", lambda driver, *others: (
+        ways.append(type(driver)), run_as_ever(driver, *others))[1])
+    monkeypatch.setattr(replicas_engine.Stopper, "stop", stop)
+    runner.open()
+    log, _ = runner.send(replicas_engine.TurnOptions({"message": "never", "deltas": True},
+                                                     runner.settings))
+    log.wait_for_end(harness.PATIENCE)
+    assert log.finished
+    runner.close()
+    engine.start()
+    assert engine.events(1)[-2].json()["error"]["code"] == "interrupted"
+    assert ways == [replicas_engine.AppServer]
 
 
 def test_an_app_server_that_never_answers(make_engine):

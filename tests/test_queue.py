@@ -296,11 +296,41 @@ def test_one_that_waits_on_can_be_taken_out(make_engine, tmp_path):
     os.rename(engine.workspace, engine.workspace + ".away")
     gate.touch()
     wait_for(lambda: "turn 2 can't be started" in engine.log())
-    wait_for(lambda: engine.request("DELETE", "/codex/queue/2").status == 200)
+    assert engine.request("DELETE", "/codex/queue/2").status == 200
     assert code_of(engine, 2) == "cancelled"
     os.rename(engine.workspace + ".away", engine.workspace)
     assert engine.send("on")[0].id == "3.1"
     assert "never" not in engine.prompts()
+
+
+@pytest.mark.parametrize("what, code", [("cancel", "cancelled"), ("interrupt", "interrupted")])
+@pytest.mark.parametrize("fails", [False, True], ids=["it starts", "it doesn't start"])
+def test_one_that_is_stopped_while_it_starts(busy, monkeypatch, what, code, fails):
+    """Codex doesn't get it, and the turn's ending says what stopped it."""
+    write, written = replicas_engine.CodexRun._write_input, []
+    monkeypatch.setattr(replicas_engine.CodexRun, "_write_input", lambda run: (
+        written.append(bytes(run._input)), write(run))[1])
+    put(busy, "never")
+    busy.kill()
+    busy.gate.touch()
+    runner, stopped = busy.runner(), []
+    stopper = threading.Thread(target=lambda: stopped.append(getattr(runner, what)()))
+
+    def prepare(options):
+        stopper.start()
+        wait_for(lambda: runner.current.stop_code)
+        if fails:
+            raise replicas_engine.unavailable("No Codex", "wait")
+        return replicas_engine.CodexRunner.prepare(runner, options)
+    runner.prepare = prepare
+    runner.open()
+    wait_for(lambda: stopped)
+    wait_for(lambda: not runner.running())
+    assert stopped == [1 if what == "cancel" else 2]
+    assert not fails or runner.last_failure is None
+    runner.close()
+    busy.start()
+    assert code_of(busy, 2) == code and not any(written)
 
 
 def test_an_engine_that_ends_while_it_tries(busy):
@@ -308,14 +338,13 @@ def test_an_engine_that_ends_while_it_tries(busy):
     put(busy, "on")
     busy.kill()
     busy.gate.touch()
-    settings = replicas_engine.Settings(busy.env)
-    runner, steers = replicas_engine.CodexRunner(settings), []
+    runner, steers = busy.runner(), []
     closer = threading.Thread(target=runner.close)
 
     def prepare(options):
         with runner.lock:
-            steers.append(runner._steer(replicas_engine.TurnOptions({"message": "x"}, settings),
-                                        None))
+            steers.append(runner._steer(replicas_engine.TurnOptions(
+                {"message": "x"}, runner.settings), None))
         closer.start()
         wait_for(lambda: runner.closing and runner.current.stop_code)
         raise replicas_engine.unavailable("No Codex", "wait")
@@ -351,15 +380,15 @@ def test_a_turn_that_cannot_be_started_before_one_that_waits(make_engine, tmp_pa
     assert int(engine.send("on")[0].id.partition(".")[0]) > max(started, default=0)
 
 
-def test_an_engine_that_ends_leaves_them_to_the_next(tmp_path):
-    runner = replicas_engine.CodexRunner(replicas_engine.Settings({
-        "HOME": str(tmp_path), "REPLICAS_ENGINE_STATE": str(tmp_path / "state")}))
+def test_an_engine_that_ends_leaves_them_to_the_next(engine):
+    engine.stop()
+    runner = engine.runner()
     runner.open()
     runner.close()
     for what in (runner.cancel, runner.reset):
         with pytest.raises(replicas_engine.HTTPError, match="shutting down"):
             what()
-    assert not [name for name in os.listdir(str(tmp_path / "state" / "turns"))
+    assert not [name for name in os.listdir(os.path.join(engine.state, "turns"))
                 if name.endswith(".reset")]
 
 
