@@ -1283,7 +1283,7 @@ class TurnLog:
             return False
         self.error = None
         if not self.last:
-            self._find_thread(data)
+            self._find_thread(data[:READ_SIZE])     # a longer one is another event
         count, self._pending = len(self._pending), []
         self._publish(len(data), count)
         return True

@@ -347,3 +347,40 @@ def test_no_thread_stays_for_a_reader_that_left(engine, tmp_path):
     wait_for(lambda: threads() <= idle, "the readers' threads to end")
     gate.touch()
     engine.wait_for_turn()
+
+
+# The largest events
+
+SIZE = 32 * 1024 * 1024
+
+
+def fill(begin, unit, end, size=SIZE):
+    """A line with as many of `unit` as fit into it."""
+    begin, end = b'{"type":"x.large","value":' + begin, end + b"}"
+    return begin + unit * ((size - len(begin) - len(end)) // len(unit)) + end
+
+
+@pytest.mark.parametrize("line", [
+    fill(b'"', b"[,{", b'"'), fill(b'"', "\u2705".encode(), b'"'),
+    fill(b"[", b'"%b",' % (b"x" * 140), b"0]"), fill(b'"', b"x", b'"', SIZE + 1)],
+    ids=["text", "what is not ASCII", "many texts", "too long"])
+def test_an_event_of_32_mib(make_engine, tmp_path, line):
+    """It takes four times its memory, and reaches the client whole; a longer one is skipped."""
+    codex, lines = tmp_path / "codex", tmp_path / "lines"
+    codex.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo codex-cli 0.169.0; exit; fi\n'
+                     'cat >/dev/null; cat %s\n' % lines)
+    codex.chmod(0o755)
+    engine = make_engine(CODEX_PATH=str(codex))
+    for line in (b'{"type":"x.small"}', line):
+        lines.write_bytes(line + b'\n{"type":"turn.completed","usage":{}}\n')
+        before = harness.status_of(engine.process.pid, "VmHWM")
+        turn = engine.start_turn("Hello")
+        wait_for(lambda: "turn %d ended: turn.completed" % turn in engine.log())
+    growth = (harness.status_of(engine.process.pid, "VmHWM") - before) * 1024
+    assert growth < 4.1 * SIZE
+    events = engine.events(turn)
+    if len(line) > SIZE:
+        assert "skipped a line: longer than 33554432 bytes" in engine.log()
+        assert len(events) == 2
+    else:
+        assert len(events) == 3 and events[0].data.encode() == line

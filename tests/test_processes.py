@@ -521,11 +521,11 @@ def begin(monkeypatch):
         turn.discard()
 
 
-def recovered(turn, boot=None, **codex):
+def recovered(turn, boot=None, mark=None, **codex):
     """What another engine makes of what this one saved, but for what is told here."""
     saved = turn.saved()
     saved["codex"].update(codex)
-    saved["boot"] = boot or saved["boot"]
+    saved["boot"], saved["mark"] = boot or saved["boot"], mark or saved["mark"]
     return replicas_engine.TurnProcesses.from_saved(json.loads(json.dumps(saved)))
 
 
@@ -561,8 +561,7 @@ def test_stopping_what_another_engine_ran(begin):
     ids=["another process", "no start", "another boot", "not a boot"])
 def test_a_process_that_merely_has_the_same_pid(begin, lie):
     bystander = begin()
-    other = recovered(bystander, **lie(bystander.saved()))
-    other.mark = "a mark of nobody"
+    other = recovered(bystander, mark="a mark of nobody", **lie(bystander.saved()))
     assert other.find() == set() and not other.is_codex_there()
     assert other.stop() == []
     assert bystander.child.poll() is None
