@@ -126,6 +126,17 @@ def timestamp(seconds=None):
     return timestamp_of(int((time.time() if seconds is None else seconds) * 1000))
 
 
+def words_of(error):
+    """What an exception says, for somebody who doesn't know Python."""
+    if isinstance(error, MemoryError):
+        return os.strerror(errno.ENOMEM)
+    if isinstance(error, UnicodeDecodeError):
+        return "byte %d is not UTF-8" % error.start
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    # What the ssl module and socket.create_server put around it
+    return re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$| \(while attempting .*", "", words)
+
+
 def readable(fd):
     """Whether a read from the descriptor `fd`, or a file with one, would not block."""
     poll = select.poll()
@@ -568,9 +579,12 @@ def log_request(level, text):
 # nobody.
 
 SANDBOX_MODES = ("read-only", "workspace-write", "danger-full-access")
-ENGINE_SETTINGS = tuple("REPLICAS_ENGINE_" + name for name in (
+PREFIX = "REPLICAS_ENGINE_"
+ENGINE_SETTINGS = tuple(PREFIX + name for name in (
     "SECRET", "SANDBOX", "MODEL", "IDLE_TIMEOUT", "TURN_TIMEOUT", "STATE", "MAX_BODY",
     "MAX_CONNECTIONS", "MAX_HISTORY", "DELTAS", "WEBHOOK_URL", "WEBHOOK_SECRET"))
+OTHER_SETTINGS = ("HOST", "PORT", "WORKSPACE_HOME", "CODEX_PATH", "CODEX_HOME", "CODEX_API_KEY",
+                  "OPENAI_API_KEY", "OPENAI_BASE_URL")
 SECRET_LENGTH = "REPLICAS_ENGINE_SECRET_LENGTH"     # for --check, which shall not have the secret
 SETUP = "/usr/sbin/replicas-engine-setup"           # is there if the engine was installed
 
@@ -579,7 +593,7 @@ class SettingsError(ValueError):
     """A setting that can't be used; the message names it and says why."""
 
 
-def _shown(value):
+def shown(value):
     """A value as a log line can take it: on one line, and not too long."""
     return repr(value)[1:-1][:100]
 
@@ -671,12 +685,13 @@ def problem(what, remedy):
 def unknown_names(env):
     """A problem for each variable that only looks like a setting."""
     import difflib                          # rarely needed, and not cheap
-    found = []
+    found, names = [], {name[len(PREFIX):]: name for name in ENGINE_SETTINGS}
+    names.update((name, name) for name in OTHER_SETTINGS)
     for name in sorted(env):
-        if name.startswith("REPLICAS_ENGINE_") and name not in ENGINE_SETTINGS + (SECRET_LENGTH,):
-            near = difflib.get_close_matches(name, ENGINE_SETTINGS, 1)
-            found.append(problem("%s is not a setting" % _shown(name),
-                                 "set %s instead" % near[0] if near else "README lists them"))
+        if name.startswith(PREFIX) and name not in ENGINE_SETTINGS + (SECRET_LENGTH,):
+            near = difflib.get_close_matches(name[len(PREFIX):], names, 1, cutoff=0.7)
+            found.append(problem("%s is not a setting" % shown(name), "set %s instead"
+                                 % names[near[0]] if near else "README lists them"))
     return found
 
 
@@ -719,7 +734,7 @@ class Settings:
         get = self.env.get
         for name, value in env.items():
             if "\0" in name + value:
-                raise SettingsError("%s has a NUL character in it" % _shown(name))
+                raise SettingsError("%s has a NUL character in it" % shown(name))
         self.home = get("HOME") or _home_of_user()
         self.is_service = "STATE_DIRECTORY" in self.env and os.path.exists(SETUP)
         self.secret = self._secret("REPLICAS_ENGINE_SECRET")
@@ -782,14 +797,14 @@ class Settings:
         text = self.env.get(name, str(default)).strip()
         if not re.fullmatch(r"[0-9]{1,16}", text) or not least <= int(text) <= most:
             raise SettingsError("%s=%s is not a whole number from %d to %d"
-                                % (name, _shown(text), least, most))
+                                % (name, shown(text), least, most))
         return int(text)
 
     def _seconds(self, name, default):
         """A number of seconds, perhaps with a fraction."""
         text = self.env.get(name, str(default)).strip()
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-            raise SettingsError("%s=%s is not a number of seconds" % (name, _shown(text)))
+            raise SettingsError("%s=%s is not a number of seconds" % (name, shown(text)))
         return float(text)
 
     def _path(self, name, default):
@@ -804,7 +819,7 @@ class Settings:
         sandbox = self.env.get("REPLICAS_ENGINE_SANDBOX", "workspace-write")
         if sandbox not in SANDBOX_MODES + ("config",):
             raise SettingsError("REPLICAS_ENGINE_SANDBOX=%s is none of %s, config"
-                                % (_shown(sandbox), ", ".join(SANDBOX_MODES)))
+                                % (shown(sandbox), ", ".join(SANDBOX_MODES)))
         return None if sandbox == "config" else sandbox
 
     def _model(self):
@@ -897,7 +912,20 @@ def unavailable(error, details):
 def not_startable(error):
     """The HTTPError that says which exception kept a turn from starting."""
     return error.again() if isinstance(error, HTTPError) else unavailable(
-        "The turn can't be started", str(error) or type(error).__name__)
+        "The turn can't be started", words_of(error))
+
+
+REMEDIES = {                               # of an OSError's number; others depend on the case
+    errno.ENOSPC: "make room there", errno.EDQUOT: "make room there",
+    errno.EACCES: "let the engine's user in", errno.EPERM: "let the engine's user in",
+    errno.EROFS: "let the engine's user write there",
+    errno.EMFILE: "try again", errno.ENFILE: "try again", errno.ENOMEM: "try again"}
+
+
+def explanation(error, advice):
+    """What an OSError says, of which file, and what to do: `advice` if its number doesn't tell."""
+    path = "%s: " % os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    return "%s%s: %s" % (path, words_of(error), REMEDIES.get(error.errno, advice))
 
 
 @contextlib.contextmanager
@@ -906,7 +934,7 @@ def explained(error, advice):
     try:
         yield
     except OSError as problem:
-        raise unavailable(error, "%s: %s" % (problem, advice)) from None
+        raise unavailable(error, explanation(problem, advice)) from None
 
 
 class Request:
@@ -1013,13 +1041,17 @@ class Router:
             if method == "GET":
                 self.paths[path]["HEAD"] = handler
 
+    def _methods(self, path):
+        """The methods of a path with their handlers, or None."""
+        return self.paths.get(re.sub(r"/[0-9]{1,15}\Z", "/N", path))
+
     def handler(self, method, path):
         """Raises HTTPError 404 or 405 (RFC 9110, 15.5.5 and 15.5.6)."""
-        methods = self.paths.get(re.sub(r"/[0-9]{1,15}\Z", "/N", path))
+        methods = self._methods(path)
         if methods is None:
-            plain = path.rstrip("/")
+            near = re.sub("/+", "/", path).rstrip("/").lower()
             raise HTTPError(404, "Not found", "there is nothing at %s%s" % (
-                path, ", but at %s" % plain if plain in self.paths else ""))
+                path, ", but at %s" % near if near and self._methods(near) else ""))
         if method not in methods:
             allowed = ", ".join(sorted(methods))
             raise HTTPError(405, "Method not allowed", "%s allows %s" % (path, allowed),
@@ -1330,9 +1362,9 @@ class TurnLog:
     def _failed(self, error):
         """Note why it can't be written, and say so once, not with every try."""
         if isinstance(error, MemoryError):
-            error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            error = OSError(errno.ENOMEM, words_of(error))
         if self.error is None:
-            logger.error("turn %d: its log can't be written: %s", self.turn_id, error.strerror)
+            logger.error("turn %d: its log can't be written: %s", self.turn_id, words_of(error))
         self.error, self._littered = error, True
 
     def _reopen(self):
@@ -1367,7 +1399,7 @@ class TurnLog:
     def _may_be_lost(self, error):
         """Say that the disk has not taken what was written."""
         logger.error("turn %d: its log may not outlive a power cut: %s", self.turn_id,
-                     getattr(error, "strerror", "MemoryError"))
+                     words_of(error))
 
     def sync_new(self):
         """From the sync thread: `sync` if there is something new."""
@@ -1448,8 +1480,7 @@ class TurnLog:
     def _unreadable(self, error):
         """The HTTPError for what keeps the file from being read: it is broken, or the disk is."""
         if isinstance(error, OSError):
-            return unavailable("The turn's log can't be read", "%s: %s"
-                               % (self.path, error.strerror))
+            return unavailable("The turn's log can't be read", explanation(error, "see its disk"))
         return NoSuchTurn("turn %d's log is broken: %s" % (self.turn_id, error))
 
     def read(self, file, offset, limit):
@@ -1596,7 +1627,7 @@ class EventStream:
             data = self.log.read(self.file, self.offset, STREAM_SIZE)
         except (OSError, MemoryError) as error:
             logger.error("turn %d: a stream ends early: its log can't be read: %s",
-                         self.log.turn_id, getattr(error, "strerror", "MemoryError"))
+                         self.log.turn_id, words_of(error))
             raise StopIteration from None
         if data:
             self.offset += len(data)
@@ -1676,7 +1707,7 @@ def turn_summary(turn_log, file=None):
                "usage": None, "error": None}
     error = turn_log.error
     if error:                               # there is an ending, perhaps, but nobody has seen it
-        summary["error"] = {"message": "The turn's log can't be written: %s" % error.strerror}
+        summary["error"] = {"message": "The turn's log can't be written: %s" % words_of(error)}
     for _, kind, data in turn_log.events_at_end(2, file):
         if kind in TERMINAL:
             event = json_object(data)
@@ -2092,7 +2123,7 @@ class TurnProcesses:
             try:
                 self.cgroup.add(child.pid)
             except OSError as error:
-                logger.warning("a turn goes without a control group: %s", error)
+                logger.warning("a turn goes without a control group: %s", words_of(error))
                 self.cgroup.remove()
                 self.cgroup = None
         entry = process(child.pid)
@@ -2937,8 +2968,8 @@ class CodexFinder:
             answered = selector.select(VERSION_PATIENCE)
             output = os.read(child.stdout.fileno(), 1000) if answered else b""
             os.killpg(child.pid, signal.SIGKILL)    # it may be a script that waits for another
-        match = re.search(rb"[0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Za-z]*", output)
-        return match.group().decode() if match else None
+        match = re.search(rb"(?i)codex\S*\s+v?([0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Z]*)", output)
+        return match.group(1).decode() if match else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4023,7 +4054,7 @@ class Progress:
         """`turn.completed` or `turn.failed`: the last event that counts."""
         self.terminal = event["type"]
         if self.terminal == "turn.failed":
-            self.complaint = message_of(event.get("error"))
+            self.complaint = message_of(event.get("error")) or "Codex does not say why"
         self.ended_at = time.monotonic()
 
     def deadlines(self, run, is_unwanted, holding):
@@ -4050,7 +4081,7 @@ class Progress:
             message = "Codex %s before the turn was completed" % run.how_it_ended()
             words = run.last_words()
         elif code == "stalled" and log_error:
-            message, words = "The turn's log can't be written", log_error.strerror
+            message, words = "The turn's log can't be written", words_of(log_error)
         else:
             seconds = {"stalled": self.settings.idle_timeout, "timeout": self.settings.turn_timeout}
             message = STOP_MESSAGES[code] % ((seconds[code],) if code in seconds else ())
@@ -4100,7 +4131,8 @@ class Stopper:
         try:
             self.left = turn_processes.stop()
         except Exception as error:          # it can't look: what it doesn't see may be there
-            logger.error("turn %d: what is left of it can't be seen: %s", self.turn_id, error)
+            logger.error("turn %d: what is left of it can't be seen: %s", self.turn_id,
+                         words_of(error))
             self.left = [{"pid": turn_processes.pid, "command": None}]
 
     def check(self):
@@ -4217,7 +4249,7 @@ class Turn:
                                   "to a new one" % self.thread_id)
         except Exception as error:          # whatever it is, no reason to leave Codex running
             logger.exception("turn %d: the engine failed", self.id)
-            self.trouble = "%s: %s" % (type(error).__name__, error)
+            self.trouble = words_of(error)
             self.stopper.order(self.run.processes)
             self.stopper.stopped.wait()
         finally:
@@ -4233,17 +4265,17 @@ class Turn:
         self.thread_id = self.options.thread_id(self.runner.thread_id)
         self.codex = self.runner.prepare(self.options)
         self.codex.version = self.runner.finder.version(self.codex)
-        with explained("Codex's home can't be made", "make the directory, or set CODEX_HOME"):
+        with explained("Codex's home can't be made", "see CODEX_HOME"):
             os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
-        make_room = "make room there: see REPLICAS_ENGINE_STATE"
-        with explained("The turn's files can't be written", make_room):
+        advice = "see REPLICAS_ENGINE_STATE"
+        with explained("The turn's files can't be written", advice):
             self.options.write_files(self.folder)
         mounts = [os.path.join(self.settings.workspace, name) for name in SANDBOX_MOUNTS]
         self.absent = [path for path in mounts if not os.path.lexists(path)]
         self.stopper.start()
-        with explained("Codex can't be started", "see CODEX_PATH"):
+        with explained("Codex can't be started", "see CODEX_PATH, and what its first line names"):
             self._launch(self.thread_id, self.options.is_live(version_numbers(self.codex.version)))
-        with explained("The turn's log can't be written", make_room):
+        with explained("The turn's log can't be written", advice):
             self.log = self.runner.create_log(self)
         if waited:                          # or a power cut would have it begun a second time
             self.log.sync()
@@ -4255,7 +4287,7 @@ class Turn:
                 return TurnOptions(self.runner.state.load_message(self.id), self.settings)
             except (FileNotFoundError, ValueError) as error:
                 raise HTTPError(410, "The message can't be read", "%s: send it again"
-                                % error) from None
+                                % words_of(error)) from None
 
     def _begin(self):
         """Let Codex have its prompt: from now on the message is sent, whatever goes wrong."""
@@ -4305,12 +4337,16 @@ class Turn:
         why = "%s: %s" % (problem.body["error"], problem.body.get("details"))
         if waited and not self.run and self.runner.put_back(self, problem, why):
             return
-        logger.error("turn %d could not be started: %s", self.id, why)
+        text = "%s could not be started: %s" % ("turn %d" % self.id if waited else "a turn", why)
+        if waited or problem.status >= 500:
+            logger.error("%s", text)
+            self.runner.last_failure = self.runner.last_failure if self.stop_code else text
+        else:                               # for who sent it to mend
+            logger.info("%s", text)
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
             if waited:                      # there is a log, which will say it
                 code = self.stop_code or "not_started"
                 if not self.stop_code:
-                    self.runner.last_failure = "turn %d could not be started: %s" % (self.id, why)
                     self.progress.terminal = "turn.failed"
                 stack.callback(self._release)
                 stack.callback(self.end_unstarted, STOP_MESSAGES.get(
@@ -4435,7 +4471,7 @@ class Turn:
         dropped = self.log.drop_pending()
         if dropped:
             logger.error("turn %d: %d events are lost: its log can't be written: %s", self.id,
-                         len(dropped), self.log.error)
+                         len(dropped), words_of(self.log.error))
             self.progress.terminal = None
 
     def _finish_log(self):
@@ -4446,8 +4482,10 @@ class Turn:
                 code, self.run, self.log.error, self.trouble)
             ending = failure(self.progress.complaint, code)
         failed = self.progress.terminal == "turn.failed" or bool(ending) and code != "interrupted"
-        self.runner.last_failure = failed and "turn %d failed: %s" % (
-            self.id, self.progress.complaint)
+        if failed:
+            self.runner.last_failure = "turn %d failed: %s" % (self.id, self.progress.complaint)
+        elif self.progress.terminal:        # it succeeded
+            self.runner.last_failure = None
         self.runner.finish_log(self.log, ending, self._release_unless_codex_lives)
         logger.log(logging.WARNING if failed else logging.INFO,
                    "turn %d ended: %s, %d events, %.1f s%s", self.id,
@@ -4581,6 +4619,11 @@ class StateDirectory:
         """Let another engine have the directory."""
         self._lock_file.close()
 
+    def owner(self):
+        """The pid of the engine that works with it, or None."""
+        with contextlib.suppress(OSError), open_regular(os.path.join(self.path, "lock")) as file:
+            return flock_owner(file)
+
     def turn_path(self, turn_id):
         """Where a turn's log is."""
         return os.path.join(self.turns, "%d.log" % turn_id)
@@ -4666,10 +4709,10 @@ class StateDirectory:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise error
         if isinstance(error, OSError) and error.errno not in ALIEN:
-            logger.error("%s is passed over: %s", path, error.strerror)
+            logger.error("%s is passed over: %s", path, words_of(error))
             return
         with contextlib.suppress(OSError):
-            set_aside(path, getattr(error, "strerror", None) or error)
+            set_aside(path, words_of(error))
 
     def load_reset(self, newest):
         """(turn id, thread id): what the thread is until there is a turn behind that one."""
@@ -4748,7 +4791,7 @@ class StateDirectory:
         except IsADirectoryError:
             delete_folder(path)
         except OSError as error:
-            logger.error("%s can't be deleted: %s", path, error.strerror)
+            logger.error("%s can't be deleted: %s", path, words_of(error))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4851,7 +4894,8 @@ class Conversation:
             raise NoSuchTurn("there was no turn yet" if not self.latest else "turn %d was never "
                              "started, or is no longer kept" % turn_id) from None
         except OSError as error:
-            raise unavailable("The turn's log can't be read", error.strerror) from None
+            raise unavailable("The turn's log can't be read",
+                              explanation(error, "see its disk")) from None
 
     def first_unfinished(self):
         """The id of the first turn that isn't over, or of the one that comes next."""
@@ -5020,9 +5064,9 @@ class Conversation:
             turn_log.finish(ending, before_publishing)
         except OSError as error:
             if turn_log.turn_id not in self.unfinished:
-                logger.error("turn %d: its ending can't be written: %s: make room in %s; it is "
-                             "tried again every second", turn_log.turn_id, error.strerror,
-                             self.settings.state)
+                logger.error("turn %d: its ending can't be written to %s: %s; it is tried again "
+                             "every second", turn_log.turn_id, self.settings.state,
+                             explanation(error, "see its disk"))
             with self.lock:
                 self.unfinished[turn_log.turn_id] = ending
         else:
@@ -5041,14 +5085,14 @@ class Conversation:
                 self.finish_log(turn_log, ending)
         if self.unfinished:
             raise unavailable("The ending of an earlier turn can't be written",
-                              "make room in %s" % self.settings.state)
+                              "GET /codex/status, or the engine's log, says why")
 
     def prune(self):
         """Delete what is no longer kept."""
         try:
             self.state.delete_old(self._forget_turn)
         except OSError as error:
-            logger.error("old turns can't be deleted: %s", error)
+            logger.error("old turns can't be deleted: %s", words_of(error))
 
     def _forget_turn(self, turn_id):
         """Whether the turn's log may be deleted; its key is then forgotten."""
@@ -5105,7 +5149,7 @@ class Webhook:
             if told is None or told > self.runner.latest:
                 self.runner.state.write_told(self.runner.first_unfinished() - 1)
         except OSError as error:
-            logger.error("the webhook's mark can't be written: %s", error.strerror)
+            logger.error("the webhook's mark can't be written: %s", words_of(error))
         start_thread("webhook", self._run)
 
     def close(self):
@@ -5134,7 +5178,7 @@ class Webhook:
                 told = self._tell_next()
                 failures, self.last_error = 0, None
             except Exception as error:      # whatever it is, it is tried again
-                told, self.last_error = False, str(error) or type(error).__name__
+                told, self.last_error = False, words_of(error)
                 pause = min(WEBHOOK_PAUSE * WEBHOOK_FACTOR ** min(failures, 9), MAX_WEBHOOK_PAUSE)
                 failures += 1
                 logger.warning("the webhook could not be told of a turn: %s; again in %g s",
@@ -5225,7 +5269,7 @@ class CodexRunner(Conversation):
         self.webhook = Webhook(self) if settings.webhook_url else None
         if self.webhook:
             self.wake_webhook = self.webhook.wake.set
-        self.last_failure = None            # why the newest turn failed, if it did
+        self.last_failure = None            # why a turn failed, until one succeeds
         self._closed = threading.Event()
 
     # Starting with the process
@@ -5259,9 +5303,19 @@ class CodexRunner(Conversation):
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
             stack.callback(self.start_next)
             stack.callback(self.prune)
+            stack.callback(self._recall_failure)
             stack.callback(self.recovered.set)
             for turn_log in reversed(broken):
                 stack.callback(self._end_broken, turn_log)
+
+    def _recall_failure(self):
+        """For the status line: why the newest turn failed, if it did."""
+        with contextlib.suppress(HTTPError, OSError):
+            summary = turn_summary(self.turn_log())
+            if summary["status"] == "failed":
+                self.last_failure = "turn %d failed: %s" % (
+                    summary["id"], message_of(summary["error"]))
+                self._tell()
 
     def _end_broken(self, turn_log):
         """Stop what is left of a turn that was cut short, and give its log an ending."""
@@ -5273,7 +5327,8 @@ class CodexRunner(Conversation):
                 logger.error("turn %d: this can't be stopped: %s", turn_log.turn_id, ", ".join(
                     "pid %d (%s)" % (each["pid"], each["command"]) for each in left))
         except (OSError, ValueError) as error:
-            logger.error("turn %d: its processes can't be stopped: %s", turn_log.turn_id, error)
+            logger.error("turn %d: its processes can't be stopped: %s", turn_log.turn_id,
+                         words_of(error))
         self.finish_log(turn_log, [] if turn_log.has_ending else failure(
             STOP_MESSAGES["engine_restarted"], "engine_restarted"))
 
@@ -5343,7 +5398,7 @@ class CodexRunner(Conversation):
         """Put a message that waits on the disk, before anybody is told that it does."""
         log = problem = None
         try:
-            with explained("The message can't be queued", "make room: see REPLICAS_ENGINE_STATE"):
+            with explained("The message can't be queued", "see REPLICAS_ENGINE_STATE"):
                 log = self.state.create_queued(turn.id, turn.options.saved(),
                                                self._with_key(turn, turn.header()))
         except Exception as error:          # whatever it is, nobody may wait for it for ever
@@ -5402,9 +5457,8 @@ class CodexRunner(Conversation):
             self.state.write_reset(self.reset_at[0])
         except OSError as error:
             raise unavailable("The reset could not be written down",
-                              "%s: the thread is forgotten until the engine restarts: make room "
-                              "in %s and reset again"
-                              % (error.strerror, self.settings.state)) from None
+                              "%s, and reset again: the thread is forgotten until the engine "
+                              "restarts" % explanation(error, "see its disk")) from None
         if turn:
             turn.stopper.check()
 
@@ -5520,6 +5574,7 @@ class CodexRunner(Conversation):
         with self.lock:
             self.current = None
             self._withdraw(turn)
+        self._tell()
         self.start_next()
 
     def put_back(self, turn, problem, why):
@@ -5596,7 +5651,9 @@ def try_sandbox():
         except subprocess.TimeoutExpired:
             child.kill()
             return None
-    return (said or "status %d" % child.returncode) if child.returncode else None
+    if child.returncode in (0, -signal.SIGKILL):        # we killed it: the engine ends
+        return None
+    return said or "status %d" % child.returncode
 
 
 def is_below(path, folder):
@@ -5610,7 +5667,8 @@ def is_full(folder):
         disk = os.statvfs(folder)
     except OSError:
         return False
-    return disk.f_bavail * disk.f_frsize < MIN_ROOM or disk.f_files > 0 == disk.f_favail
+    return (disk.f_blocks > 0 and disk.f_bavail * disk.f_frsize < MIN_ROOM
+            or disk.f_files > 0 == disk.f_favail)
 
 
 class Problems:
@@ -5648,7 +5706,7 @@ class Problems:
                 ("workspace", *self._look_at_folder(
                     settings.workspace, "WORKSPACE_HOME", settings.sandbox != "read-only")),
                 ("codex home", *self._look_at_folder(settings.codex_home, "CODEX_HOME")),
-                ("state", *self._look_at_folder(settings.state, "REPLICAS_ENGINE_STATE")),
+                ("state", *self._look_at_state()),
                 ("settings", *self._look_at_settings()), ("sandbox", *self._look_at_sandbox())]
 
     def _look_at_codex(self):
@@ -5666,13 +5724,18 @@ class Problems:
     def _look_at_key(self):
         """What Codex shows to its API."""
         for name in ("CODEX_API_KEY", "OPENAI_API_KEY"):
-            if self.settings.env.get(name):
+            if self.settings.env.get(name, "").strip():
                 return name, []
         login = os.path.join(self.settings.codex_home, "auth.json")
-        if os.access(login, os.R_OK):
-            return "the login in %s" % login, []
+        try:
+            with open_regular(login) as file:
+                if any(json_object(file.read(READ_SIZE).decode()).values()):
+                    return "the login in %s" % login, []
+            found = "there is no login in it"
+        except (OSError, ValueError) as error:
+            found = words_of(error)
         return "", [problem("Codex has no key and no login", "set OPENAI_API_KEY or CODEX_API_KEY, "
-                            "or log in with `codex login` (there is no %s)" % login)]
+                            "or log in with `codex login` (%s: %s)" % (login, found))]
 
     def _look_at_secret(self):
         """What clients show to the engine."""
@@ -5709,6 +5772,20 @@ class Problems:
         remedy = by_hand if what == "the disk is full" else self.settings.remedy(by_hand)
         return path, [problem("%s=%s: %s" % (name, path, what), remedy)]
 
+    def _look_at_state(self):
+        """The state directory, and what an engine opens in it."""
+        path, problems = self._look_at_folder(self.settings.state, "REPLICAS_ENGINE_STATE")
+        for part in (path, os.path.join(path, "lock"), os.path.join(path, "turns")):
+            with contextlib.suppress(OSError):
+                status = os.stat(part)
+                if not problems and (os.geteuid() not in (0, status.st_uid)
+                                     or not os.access(part, os.R_OK | os.W_OK)):
+                    problems = [problem("%s can't be used: it is not the engine's" % part,
+                                        "sudo chown -R %d %s" % (os.geteuid(), path))]
+                elif not problems and stat.S_ISDIR(status.st_mode) == part.endswith("lock"):
+                    problems = [problem("%s is no longer what it was" % part, "delete it")]
+        return path, problems
+
     def _look_at_settings(self):
         """What was odd about the settings when they were read, and who may read them."""
         problems = list(self.settings.problems)
@@ -5718,9 +5795,10 @@ class Problems:
             problems.append(problem("the engine's user, with the id %d, was deleted" % os.getuid(),
                                     self.settings.remedy("make it again", " --user NAME")))
         with contextlib.suppress(OSError):
-            if self.settings.is_service and os.stat(SETTINGS_FILE).st_mode & 0o044:
-                problems.append(problem("others than root can read %s" % SETTINGS_FILE,
-                                        "sudo chmod 600 %s" % SETTINGS_FILE))
+            status = os.stat(SETTINGS_FILE)
+            if self.settings.is_service and (status.st_uid or status.st_mode & 0o077):
+                problems.append(problem("others than root can read or change %s" % SETTINGS_FILE,
+                                        "sudo replicas-engine-setup"))
         return "they can be used", problems
 
     def _look_at_sandbox(self):
@@ -5813,7 +5891,7 @@ class Application:
         except (OSError, MemoryError) as error:
             logger.exception("%s %s failed", request.method, request.path)
             response = unavailable("The machine is out of order or of room",
-                                   "%s: %s" % (type(error).__name__, error)).response()
+                                   words_of(error)).response()
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)
             response = json_response({"error": "Internal server error",
@@ -5832,8 +5910,8 @@ class Application:
         if error.status == 401 and now >= self._next_warning:
             self._next_warning = now + WARNING_INTERVAL
             logger.warning("a request from %s was refused: %s; others within %d s are not logged "
-                           "like this", environ.get("REMOTE_ADDR"), error.body["error"],
-                           WARNING_INTERVAL)
+                           "like this", environ.get("REMOTE_ADDR") or "a Unix socket",
+                           error.body["error"], WARNING_INTERVAL)
 
     def _respond(self, request):
         """The Response: secret, route, whole body, handler, in this order."""
@@ -5900,8 +5978,9 @@ class Application:
         """A header that names the body's keys that mean nothing: one may be misspelt."""
         unknown = set(body) - {"message", "when_busy"} - (
             {option.key for option in TURN_OPTIONS} if not is_steered else set())
-        names = [name for name in sorted(unknown) if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)]
-        return [("X-Replicas-Ignored-Keys", ", ".join(names[:20]))] if names else []
+        names = [urllib.parse.quote(name[:64], safe="", errors="replace") or '""'
+                 for name in sorted(unknown)[:20]]
+        return [("X-Replicas-Ignored-Keys", ", ".join(names))] if names else []
 
     @staticmethod
     def _message(body):
@@ -5911,7 +5990,7 @@ class Application:
             fingerprint = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         except (ValueError, RecursionError) as error:
             raise HTTPError(400, "Failed to process message",
-                            "the body is not JSON: %s" % error) from None
+                            "the body is not JSON: %s" % words_of(error)) from None
         if not isinstance(value, dict):
             raise HTTPError(400, "Failed to process message", "the body is no JSON object")
         return value, fingerprint
@@ -6048,7 +6127,7 @@ class Application:
         """The newest turn, or None."""
         try:
             return turn_summary(self.runner.turn_log())
-        except NoSuchTurn:
+        except HTTPError:                   # there is none, or `problems` says why it can't be read
             return None
 
     def _codex(self):
@@ -6812,16 +6891,17 @@ class WSGIRequestHandler:
         """Answer what isn't a request, and close the connection."""
         self.closing = True
         self.connection.send(refusal(error, is_head))
-        logger.info("refused a request: %d %s, from %s", error.status, error,
-                    self.client or "a Unix socket")
+        logger.log(logging.WARNING if error.status >= 500 else logging.INFO,
+                   "refused a request: %d %s, from %s", error.status, error,
+                   self.client or "a Unix socket")
 
     def log_request(self, environ, outcome):
         """One line a request; those of health checks only in development."""
         path = environ["PATH_INFO"]
-        level = (logging.DEBUG if path in self.server.always and outcome == "200"
-                 else logging.INFO)
+        level = (logging.WARNING if outcome[:1] == "5" else logging.INFO
+                 if path not in self.server.always or outcome != "200" else logging.DEBUG)
         log_request(level, "%s %s %s %.1f ms, from %s" % (
-            environ["REQUEST_METHOD"], path if path.isprintable() else ascii(path), outcome,
+            environ["REQUEST_METHOD"], path if path.isprintable() else shown(path), outcome,
             (time.perf_counter() - self.begun_at) * 1000, self.client or "a Unix socket"))
 
 
@@ -6937,7 +7017,7 @@ class WSGIServer(ThreadingHTTPServer):
             raise
         except OSError as error:
             if error.errno != self._accept_errno:
-                logger.error("connections can't be accepted: %s", error.strerror)
+                logger.error("connections can't be accepted: %s", words_of(error))
             self._accept_errno = error.errno
             with self._changed:
                 oldest = self._evict(self._connections)
@@ -6953,7 +7033,7 @@ class WSGIServer(ThreadingHTTPServer):
             threading.Thread(target=self.process_request_thread, name="connection",
                              args=(request, client_address), daemon=True).start()
         except RuntimeError as error:
-            logger.error("no thread could be started for a connection: %s", error)
+            logger.error("no thread could be started for a connection: %s", words_of(error))
             with self._changed:
                 self._connections.pop(request, None)
                 self._spare.pop(request, None)
@@ -7103,6 +7183,15 @@ def listen(host, port):
     raise problem
 
 
+def listen_problem(settings, error):
+    """The problem that kept `listen` from listening where the settings say."""
+    path, place = unix_path(settings.host), "HOST=%s" % (settings.host or "")
+    is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES) and not path
+    return problem("%s can't be used: %s" % (
+        place if path else "%s, PORT=%d" % (place, settings.port), words_of(error)),
+        "set %s to another" % ("PORT" if is_taken else "HOST"))
+
+
 # ---------------------------------------------------------------------------------------------
 # systemd
 # ---------------------------------------------------------------------------------------------
@@ -7149,23 +7238,20 @@ def address_text(address):
     return "port %d of %s" % (address[1], words.get(address[0], address[0]))
 
 
-def is_as_set(settings, address):
-    """Whether a socket's address is what HOST and PORT say."""
-    if not isinstance(address, tuple):
-        return address_text(address) == settings.host
-    try:
-        hosts = [info[4][0] for info in socket.getaddrinfo(settings.host or "::", None)]
-    except OSError:
-        hosts = []
-    return address[0] in hosts and address[1] == settings.port
-
-
 def socket_problems(settings, address):
     """The problem of systemd's socket, if its address isn't what HOST and PORT say."""
-    return [] if is_as_set(settings, address) else [problem(
-        "HOST=%s and PORT=%d are passed over: systemd's socket is %s"
-        % (settings.host or "", settings.port, address_text(address)),
-        "sudo replicas-engine-setup")]
+    if isinstance(address, tuple):
+        hosts = []
+        with contextlib.suppress(OSError):
+            hosts = [info[4][0] for info in socket.getaddrinfo(settings.host or "::", None)]
+        fits = {"HOST=%s" % (settings.host or ""): address[0] in hosts,
+                "PORT=%d" % settings.port: address[1] == settings.port}
+    else:
+        fits = {"HOST=%s" % (settings.host or ""): address_text(address) == settings.host}
+    wrong = [text for text, fit in fits.items() if not fit]
+    return [problem("%s passed over: systemd's socket is %s" % (
+        " and ".join(wrong) + (" are" if len(wrong) > 1 else " is"), address_text(address)),
+        settings.remedy("make them agree"))] if wrong else []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7177,26 +7263,27 @@ def check_port(settings):
     address = systemd_address() if settings.is_service else None
     if address:
         return "systemd's socket is %s" % address_text(address), socket_problems(settings, address)
-    path = unix_path(settings.host)
+    path, owner = unix_path(settings.host), StateDirectory(settings.state).owner()
     place = settings.host if path else str(settings.port)
     try:
         for listener in listen(settings.host, settings.port):
             listener.close()
         if path:
             os.unlink(path)
-        return "%s is free" % place, []
+        return "%s is free" % place, [problem(
+            "another engine, pid %d, works with REPLICAS_ENGINE_STATE=%s" % (owner, settings.state),
+            "stop it, or set another directory")] if owner else []
     except OSError as error:
-        reason = error.strerror or str(error)
+        problems = [listen_problem(settings, error)]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) if path else (
             socket.create_connection((settings.host or "127.0.0.1", settings.port), 2)) as sock:
         sock.settimeout(2)
         if path:
             sock.connect(path)
         sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-        if b"Server: replicas-engine" in sock.makefile("rb").read(4096):
+        if owner and b"Server: replicas-engine" in sock.makefile("rb").read(4096):
             return "an engine answers on %s" % place, []
-    return "", [problem("%s: %s" % (place, reason), "set %s to another" % (
-        "HOST" if path else "PORT"))]
+    return "", problems
 
 
 def check(settings):
@@ -7219,6 +7306,7 @@ def check(settings):
 # runs in threads that are there before they are needed.
 
 CLOSE_TIMEOUT = 3.0                        # seconds that answers have to be finished at the end
+PROBLEMS_INTERVAL = 60.0                   # seconds between two looks for problems
 WAKE_INTERVAL = 1.0                        # seconds between two wake-ups of the main thread
 HANG_LIMIT = 30                            # its wake-ups without a look of the accept loop
 CPU_HANG_LIMIT = 60                        # processor seconds without a wake-up
@@ -7262,14 +7350,13 @@ def status_line(app):
     """A line on how the engine is, for `systemctl status`."""
     if app.settings.secret is None:
         return "REPLICAS_ENGINE_SECRET is not set: nothing but /health is answered"
-    running = app.runner.running()
-    if running:
-        return "Running turn %d" % running
+    running, failure = app.runner.running(), app.runner.last_failure
     try:
         app.runner.finder.find()
     except HTTPError as error:
-        return "%s: %s" % (error.body["error"], error.body["details"])
-    return "%s; %s" % (IDLE, app.runner.last_failure) if app.runner.last_failure else IDLE
+        failure = "%s: %s" % (error.body["error"], error.body["details"])
+    return ("Running turn %d" % running if running else IDLE) + (
+        "; " + failure if failure else "")
 
 
 class HangWatch:
@@ -7334,15 +7421,21 @@ def watch(inbox, server, app, stop):
             logger.exception("the main thread could not do all of its work")
 
 
-def warn_of_problems(problems):
-    """The problems thread: at the start, one warning for each."""
-    problems.try_out()
-    for found in problems.find():
-        logger.warning("%s: %s", found["problem"], found["details"])
+def watch_problems(problems, stop):
+    """The problems thread: one warning for each, when it comes up."""
+    known = []
+    while True:
+        problems.try_out()
+        known, before = problems.find(), known
+        for found in known:
+            if found not in before:
+                logger.warning("%s: %s", found["problem"], found["details"])
+        if stop.wait(PROBLEMS_INTERVAL):
+            return
 
 
-def end_warner(thread):
-    """End what `warn_of_problems` still tries out in its thread."""
+def end_watcher(thread):
+    """End what `watch_problems` still tries out in its thread."""
     while thread.is_alive():
         kill_children()
         thread.join(0.1)
@@ -7359,6 +7452,11 @@ def stop_when_told(stop, inbox, *closers):
     inbox.put(Inbox.STOPPED)
 
 
+# What may be otherwise in a minute: worth another start
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO,
+           errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN)
+
+
 def open_application(app):
     """None, or the exit status when the state directory can't be taken."""
     try:
@@ -7368,9 +7466,8 @@ def open_application(app):
         return 1
     except OSError as error:
         logger.error("REPLICAS_ENGINE_STATE=%s can't be used: %s", app.settings.state,
-                     error.strerror)
-        passing = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO
-        return 1 if error.errno in passing else 2
+                     explanation(error, "see its file system"))
+        return 1 if error.errno in PASSING else 2
 
 
 def serve(settings):
@@ -7385,10 +7482,8 @@ def serve(settings):
         listeners = inherited or listen(settings.host, settings.port)
     except OSError as error:
         app.runner.close()
-        logger.error("HOST=%s, PORT=%d can't be used: %s", settings.host or "", settings.port,
-                     error.strerror or error)
-        # What may be otherwise in a minute is worth another start.
-        return 1 if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) else 2
+        logger.error("%(problem)s; %(details)s", listen_problem(settings, error))
+        return 1 if error.errno in PASSING else 2
     server = WSGIServer(listeners, app, settings.max_connections, always=("/health",),
                         admits=app.admits)
     start_thread("accept", server.serve_forever)
@@ -7397,12 +7492,12 @@ def serve(settings):
                 os.getpid())
     settings.problems += min((socket_problems(settings, listener.getsockname())
                               for listener in inherited), key=len, default=[])
-    warner = start_thread("problems", warn_of_problems, app.problems)
     stop = threading.Event()
+    watcher = start_thread("problems", watch_problems, app.problems, stop)
     # It is there from the start: later the machine may have no thread left to give.
     start_thread("stop", stop_when_told, stop, inbox, app.runner.close, end_leftovers,
                  functools.partial(server.shut_down, CLOSE_TIMEOUT, keep_queue=bool(inherited)),
-                 functools.partial(end_warner, warner))
+                 functools.partial(end_watcher, watcher))
     app.runner.on_change = lambda: inbox.put(Inbox.TURN_CHANGED)
     notify("READY=1\nSTATUS=" + status_line(app))
     watch(inbox, server, app, stop)
@@ -7443,6 +7538,9 @@ def main(arguments):
     try:
         settings = Settings.from_process()
     except SettingsError as error:
+        if options and options.check:
+            print("MISSING settings: %s" % error)
+            return 1
         logger.error("%s", error)
         return 2
     return check(settings) if options and options.check else serve(settings)

@@ -208,9 +208,11 @@ def test_a_message_of_blanks(client):
 
 
 def test_keys_that_mean_nothing_are_named(client):
-    body = {"message": "Hello", "sandbox_mod": "read-only", "cwd": "/", "a b": 1, "m\r\n": 2}
+    body = {"message": "Hello", "sandbox_mod": "read-only", "cwd": "/", "a b": 1, "m\r\n": 2, "ä": 3, "": 4,
+            "\ud800" * 100: 5}
     client("POST", "/codex/send", json.dumps(body).encode())
-    assert client.headers["X-Replicas-Ignored-Keys"] == "cwd, sandbox_mod"
+    assert client.headers["X-Replicas-Ignored-Keys"] == (
+        '"", a%20b, cwd, m%0D%0A, sandbox_mod, %C3%A4, ' + "%3F" * 64)
     client("POST", "/codex/send", b'{"message":"Hello"}')
     assert "X-Replicas-Ignored-Keys" not in client.headers
 
@@ -226,6 +228,9 @@ def test_a_body_that_is_compressed(client):
 def test_a_path_with_a_slash_too_many(client):
     assert client("GET", "/ping/").json["details"] == "there is nothing at /ping/, but at /ping"
     assert client("GET", "/pong/").json["details"] == "there is nothing at /pong/"
+    assert client("GET", "/").json["details"] == "there is nothing at /"
+    for path, near in (("//Codex/status", "/codex/status"), ("/codex/turns/7/", "/codex/turns/7")):
+        assert client("GET", path).json["details"].endswith(", but at " + near)
 
 
 def test_a_turn_of_another_machine_has_another_mark(client, make_client, tmp_path):

@@ -1,5 +1,6 @@
 """Codex: finding it, its version, its arguments, its environment, and `--check`."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -496,7 +497,7 @@ def test_check_knows_every_kind_of_key(ready, way):
     del ready.env["CODEX_API_KEY"]
     if way == "auth.json":
         with open(os.path.join(ready.codex_home, "auth.json"), "w") as file:
-            file.write("{}")
+            file.write('{"OPENAI_API_KEY":"sk-2"}')
     else:
         ready.env[way] = "sk-2"
     result = check(ready)
@@ -555,7 +556,9 @@ def test_check_of_a_unix_socket(ready, tmp_path):
         result = check(ready)
         assert result.lines["port"] == ("ok", "unix:%s is free" % path)
         assert not os.path.exists(path)
-    with socket.socket(socket.AF_UNIX) as other:
+    with socket.socket(socket.AF_UNIX) as other, (
+            open(os.path.join(ready.state, "lock"), "w")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)        # as the engine has it that answers
         other.bind(path)
         other.listen()
         other.settimeout(harness.PATIENCE)
@@ -569,6 +572,8 @@ def test_check_of_a_unix_socket(ready, tmp_path):
         peer.close()
         checker.join()
         assert results[0].lines["port"] == ("ok", "an engine answers on unix:" + path)
+        lock.close()                            # it works with another state directory
+        assert "HOST=unix:%s can't be used" % path in missing(ready, "port")
     assert "set HOST to another" in missing(ready, "port", HOST="unix:/nowhere/engine.sock")
 
 
@@ -587,5 +592,5 @@ def test_check_says_everything_that_is_missing_at_once(ready, tmp_path):
 def test_check_refuses_a_setting_that_cannot_be_used(ready):
     ready.env["PORT"] = "abc"
     result = check(ready)
-    assert result.status == 2 and result.lines == {}
-    assert "PORT=abc" in result.err
+    assert result.status == 1 and list(result.lines) == ["settings"]
+    assert "PORT=abc" in result.lines["settings"][1]

@@ -1,10 +1,13 @@
 """The process as a whole: its command line, its start and its end, its log."""
 
 import contextlib
+import errno
+import functools
 import os
 import re
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -90,9 +93,15 @@ def shutil_which_codex(change):
 
 
 def test_check_takes_a_login_for_a_key(complete, tmp_path):
-    (tmp_path / ".codex" / "auth.json").write_text("{}")
-    status, output = check({k: v for k, v in complete.items() if k != "CODEX_API_KEY"})
-    assert status == 0 and "auth.json" in output
+    login, env = tmp_path / ".codex" / "auth.json", dict(complete)
+    del env["CODEX_API_KEY"]
+    for text, why in (("", "Expecting value"), ('{"tokens":null}', "no login"), ("\xff", "UTF-8")):
+        login.write_text(text, "latin-1")
+        status, output = check(env)
+        assert status == 1 and re.search("MISSING key.*auth.json: .*%s" % why, output)
+    login.write_text('{"tokens":{"access_token":"x"}}')
+    status, output = check(env)
+    assert status == 0 and "the login in %s" % login in output
 
 
 # The same problems, found by --check, told at the start, and in GET /codex/status
@@ -161,27 +170,111 @@ def test_a_sandbox_that_cannot_be_made(complete, tmp_path):
     assert "MISSING sandbox: Codex's sandbox can't be made here: bwrap: No permissions" in output
 
 
-def test_a_settings_file_of_the_service_that_others_can_read(complete, monkeypatch, tmp_path):
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
+def test_a_settings_file_of_the_service_that_others_can_use(complete, monkeypatch, tmp_path, mode):
     monkeypatch.setattr(replicas_engine, "SETUP", sys.executable)
     monkeypatch.setattr(replicas_engine, "SETTINGS_FILE", str(tmp_path / "settings.env"))
-    (tmp_path / "settings.env").touch(0o640)
+    (tmp_path / "settings.env").touch()
+    (tmp_path / "settings.env").chmod(mode)
     (text, remedy), = find_problems(dict(complete, STATE_DIRECTORY=complete["HOME"])).items()
-    assert "settings.env" in text and remedy.startswith("sudo chmod 600 ")
+    assert "settings.env" in text and remedy == "sudo replicas-engine-setup"
 
 
-@pytest.mark.parametrize("host, port, listens, right", [
-    (None, "3737", "[::]:3737", True), ("::", "3737", "[::]:3737", True),
-    ("127.0.0.1", "3737", "127.0.0.1:3737", True), ("127.0.0.1", "3737", "[::]:3737", False),
-    (None, "3737", "127.0.0.1:3737", False), (None, "4000", "[::]:3737", False)])
-def test_check_and_the_socket_of_systemd(complete, monkeypatch, tmp_path, host, port, listens, right):
+@pytest.mark.parametrize("host, port, listens, wrong", [
+    (None, "3737", "[::]:3737", ""), ("::", "3737", "[::]:3737", ""),
+    ("127.0.0.1", "3737", "127.0.0.1:3737", ""), ("127.0.0.1", "3737", "[::]:3737", "HOST"),
+    (None, "3737", "127.0.0.1:3737", "HOST"), (None, "4000", "[::]:3737", "PORT"),
+    ("127.0.0.1", "4000", "[::]:3737", "HOST PORT")])
+def test_check_and_the_socket_of_systemd(complete, monkeypatch, tmp_path, host, port, listens, wrong):
     (tmp_path / "systemctl").write_text("#!/bin/sh\necho 'Listen=%s (Stream)'\n" % listens)
     (tmp_path / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", "%s:%s" % (tmp_path, complete["PATH"]))
     monkeypatch.setattr(replicas_engine, "SETUP", sys.executable)
     env = dict(complete, STATE_DIRECTORY=complete["HOME"], HOST=host or "", PORT=port)
     _, problems = replicas_engine.check_port(Settings(env))
-    assert [found["details"] for found in problems] == ([] if right else
-                                                        ["sudo replicas-engine-setup"])
+    assert [found["details"] for found in problems] == (["sudo replicas-engine-setup"] if wrong
+                                                        else [])
+    assert [" ".join(re.findall("(HOST|PORT)=", found["problem"])) for found in problems] == (
+        [wrong] if wrong else [])
+
+
+def test_problems_come_and_go_while_the_engine_runs(make_engine, tmp_path):
+    """What the engine's user mends is seen without a restart, and what breaks is a warning."""
+    bwrap, workspace = tmp_path / "bwrap", tmp_path / "workspace"
+    bwrap.write_text("#!/bin/sh\necho bwrap: No permissions >&2\nexit 1\n")
+    bwrap.chmod(0o755)
+    workspace.mkdir()
+    engine = make_engine(start=False, constants={"PROBLEMS_INTERVAL": 0.1}, CODEX_API_KEY="k",
+                         WORKSPACE_HOME=str(workspace), REPLICAS_ENGINE_SANDBOX="workspace-write",
+                         TMPDIR=str(tmp_path / "engine" / "tmp"))
+    engine.env["PATH"] = "%s:%s" % (tmp_path, engine.env["PATH"])
+    engine.start()
+
+    def problems():
+        return [found["problem"] for found in engine.status()["problems"]]
+    wait_for(lambda: problems() == ["Codex's sandbox can't be made here: bwrap: No permissions"])
+    bwrap.write_text("#!/bin/sh\n")
+    wait_for(lambda: problems() == [])
+    workspace.rmdir()
+    gone = "WORKSPACE_HOME=%s: No such file or directory" % workspace
+    wait_for(lambda: " warning %s: make it" % gone in engine.log())
+    assert problems() == [gone] and engine.log().count("No permissions") == 1
+
+
+@pytest.mark.parametrize("part, is_folder", [("", True), ("turns", True), ("lock", False)])
+def test_a_state_directory_that_is_no_longer_what_it_was(engine, part, is_folder):
+    """And the status, which says it, doesn't die of it."""
+    engine.send("hello")
+    path = os.path.join(engine.state, part).rstrip("/")
+    os.rename(path, path + ".old")
+    (open(path, "w").close if is_folder else functools.partial(os.mkdir, path))()
+    status = engine.status()
+    assert path in " ".join(found["problem"] for found in status["problems"])
+    assert status["turn"] is None or part == "lock"
+
+
+def test_a_state_directory_of_another_user(complete, monkeypatch):
+    """An engine could not start on it: it makes it its own alone (chmod(2))."""
+    os.makedirs(os.path.join(Settings(complete).state, "turns"))
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    (text, remedy), = find_problems(complete).items()
+    assert "is not the engine's" in text and remedy.startswith("sudo chown -R ")
+
+
+def test_a_program_that_is_no_codex(complete, tmp_path):
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\necho git version 2.39.5\n")
+    git.chmod(0o755)
+    assert [*find_problems(dict(complete, CODEX_PATH=str(git)))] == [
+        "%s does not say its version" % git]
+
+
+def test_a_file_system_without_a_size_is_not_full(complete):
+    assert "disk is full" not in str(find_problems(dict(complete, WORKSPACE_HOME="/proc")))
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.EADDRINUSE, "Address already in use (while attempting to bind on address "
+             "('127.0.0.1', 1))"), "Address already in use"),
+    (OSError(errno.EROFS, "Read-only file system", "/x"), "Read-only file system"),
+    (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:992)"),
+     "wrong version number"),
+    (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+     "Temporary failure in name resolution"),
+    (MemoryError(), "Cannot allocate memory"), (ValueError("it is broken"), "it is broken"),
+    (socket.timeout("timed out"), "timed out"), (KeyError(), "KeyError"),
+    (UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "invalid start byte"), "byte 2 is not UTF-8")])
+def test_errors_are_told_without_python(error, words):
+    assert replicas_engine.words_of(error) == words
+
+
+@pytest.mark.parametrize("error, text", [
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room there"),
+    (OSError(errno.EROFS, "Read-only file system", b"/x"),
+     "/x: Read-only file system: let the engine's user write there"),
+    (OSError(errno.EEXIST, "File exists", 7), "File exists: see README")])
+def test_what_to_do_fits_the_error(error, text):
+    assert replicas_engine.explanation(error, "see README") == text
 
 
 def test_the_start_warns_of_problems(make_engine):
@@ -200,14 +293,22 @@ def test_check_and_the_port(complete):
 
 
 def test_check_beside_a_running_engine(complete, engine):
-    status, output = check(dict(complete, PORT=str(engine.port)))
+    """All is well if it is the one of this state directory; else there would be no start."""
+    port = str(engine.port)
+    status, output = check(dict(complete, PORT=port, REPLICAS_ENGINE_STATE=engine.state))
     assert status == 0 and "an engine answers" in output
+    status, output = check(dict(complete, PORT=port))
+    assert status == 1 and re.search("MISSING port: HOST=127.0.0.1, PORT=%s can't be used: Address "
+                                     "already in use; set PORT to another" % port, output)
+    status, output = check(dict(complete, REPLICAS_ENGINE_STATE=engine.state))
+    assert status == 1 and "pid %d, works with" % engine.process.pid in output
 
 
 def test_a_port_in_use(make_engine, engine):
     second = make_engine("second", start=False, PORT=str(engine.port)).start(wait=False)
     assert second.process.wait(harness.PATIENCE) == 1
-    assert "PORT=%d" % engine.port in second.log()
+    assert ("error HOST=127.0.0.1, PORT=%d can't be used: Address already in use; set PORT to "
+            "another\n" % engine.port) in second.log()
 
 
 def test_a_state_directory_in_use(make_engine, engine):
@@ -568,6 +669,44 @@ def test_notify_and_watchdog(make_engine, notifications):
     assert engine.process.wait(harness.PATIENCE) == 0
 
 
+def test_the_status_line_tells_of_a_failure_until_a_turn_succeeds(make_engine, notifications):
+    """Also over an interrupt, a restart, and kill -9, which is a failure itself."""
+    engine = make_engine(NOTIFY_SOCKET=notifications.getsockname())
+    failing = {"event": {"type": "turn.failed", "error": {"message": "boom"}}}
+    engine.send(script({"thread": "new"}, failing))
+
+    def comes(line):
+        wait_for(lambda: notifications.recv(500).decode().endswith("STATUS=" + line), line)
+    comes("Idle; turn 1 failed: boom")
+    engine.start_turn(script({"thread": "new"}, {"sleep": 60}))
+    comes("Running turn 2; turn 1 failed: boom")
+    engine.post("/codex/interrupt")
+    comes("Idle; turn 1 failed: boom")
+    engine.send(script({"thread": "new"}, {"event": {"type": "turn.failed"}}))
+    comes("Idle; turn 3 failed: Codex does not say why")
+    assert re.search(r" warning turn 3 ended: .* s: Codex does not say why\n", engine.log())
+    engine.restart()
+    comes("Idle; turn 3 failed: ")
+    engine.start_turn(script({"thread": "new"}, {"sleep": 60}))
+    engine.kill()
+    engine.start()
+    comes("Idle; turn 4 failed: The engine ended unexpectedly during the turn and was started "
+          "again")
+    os.rename(engine.workspace, engine.workspace + ".gone")
+    assert engine.post("/codex/send", {"message": "x"}).status == 503
+    comes("Idle; a turn could not be started: The workspace directory is missing: " + (
+        "%s is not a directory: make it, or set WORKSPACE_HOME" % engine.workspace))
+    os.rename(engine.workspace + ".gone", engine.workspace)
+    engine.send("hello")
+    comes("Idle")
+
+
+def test_a_mistake_of_the_client_is_no_error_of_the_engine(make_engine):
+    engine = make_engine(STAND_IN_CODEX_VERSION="0.50.0")
+    assert engine.post("/codex/send", {"message": "x", "reasoning_effort": "xhigh"}).status == 400
+    wait_for(lambda: " info a turn could not be started: Invalid reasoning_effort" in engine.log())
+
+
 def test_notifications_that_nobody_takes(make_engine, notifications):
     engine = make_engine(NOTIFY_SOCKET=notifications.getsockname(), WATCHDOG_USEC="4000000")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -601,8 +740,8 @@ def test_a_socket_from_systemd(make_engine):
         assert "LISTEN_FDS" not in engine.calls()[0]["env"]
         assert engine.stop() == 0
         assert "listening on port %d of 127.0.0.1" % engine.port in engine.log()
-        assert re.search("warning HOST=0.0.0.0 and PORT=0 are passed over.*: sudo replicas-engine-"
-                         "setup", engine.log())
+        assert re.search("warning HOST=0.0.0.0 and PORT=0 are passed over.*: make them agree",
+                         engine.log())
         waiting = engine.connect()
         waiting.request("GET", "/health")       # nobody is there, and nothing is refused
         start()

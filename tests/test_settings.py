@@ -207,6 +207,9 @@ def problems_of(folder, monkeypatch, **env):
 @pytest.mark.parametrize("name, says", [
     ("REPLICAS_ENGINE_SANDBOXES", "set REPLICAS_ENGINE_SANDBOX instead"),
     ("REPLICAS_ENGINE_STAT", "set REPLICAS_ENGINE_STATE instead"),
+    ("REPLICAS_ENGINE_PORT", "set PORT instead"),
+    ("REPLICAS_ENGINE_WORKSPACE", "set WORKSPACE_HOME instead"),
+    ("REPLICAS_ENGINE_TYPO", "README lists them"),
     ("REPLICAS_ENGINE_" + 40 * "Q", "README lists them")])
 def test_a_name_that_only_looks_like_a_setting(tmp_path, monkeypatch, name, says):
     found, = problems_of(tmp_path, monkeypatch, **{name: "1"})
