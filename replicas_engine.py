@@ -1043,6 +1043,8 @@ class Router:
 
     def _methods(self, path):
         """The methods of a path with their handlers, or None."""
+        if path.endswith("/N"):             # as somebody wrote it who had read the table
+            return None
         return self.paths.get(re.sub(r"/[0-9]{1,15}\Z", "/N", path))
 
     def handler(self, method, path):
@@ -5303,19 +5305,22 @@ class CodexRunner(Conversation):
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
             stack.callback(self.start_next)
             stack.callback(self.prune)
-            stack.callback(self._recall_failure)
             stack.callback(self.recovered.set)
+            stack.callback(self._recall_failure)
             for turn_log in reversed(broken):
                 stack.callback(self._end_broken, turn_log)
 
     def _recall_failure(self):
-        """For the status line: why the newest turn failed, if it did."""
-        with contextlib.suppress(HTTPError, OSError):
-            summary = turn_summary(self.turn_log())
-            if summary["status"] == "failed":
-                self.last_failure = "turn %d failed: %s" % (
-                    summary["id"], message_of(summary["error"]))
-                self._tell()
+        """For the status line: why a turn failed, if none has succeeded since."""
+        with contextlib.suppress(HTTPError, OSError, ValueError):
+            for turn_id in reversed(self.state.turn_ids()):
+                summary = turn_summary(TurnLog.open(self.state.turn_path(turn_id)))
+                if summary["status"] == "failed":
+                    self.last_failure = "turn %d failed: %s" % (turn_id,
+                                                                message_of(summary["error"]))
+                    self._tell()
+                if summary["status"] in ("failed", "completed"):
+                    return
 
     def _end_broken(self, turn_log):
         """Stop what is left of a turn that was cut short, and give its log an ending."""

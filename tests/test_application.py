@@ -233,6 +233,12 @@ def test_a_path_with_a_slash_too_many(client):
         assert client("GET", path).json["details"].endswith(", but at " + near)
 
 
+def test_a_path_as_a_table_has_it(client):
+    """It names no turn, and above all not every message that waits."""
+    for method, path in (("GET", "/codex/turns/N"), ("DELETE", "/codex/queue/N")):
+        assert client(method, path).status == 404
+
+
 def test_a_turn_of_another_machine_has_another_mark(client, make_client, tmp_path):
     """A machine that was set back gives ids again: X-Replicas-Turn-Mark tells."""
     marks = []

@@ -685,12 +685,14 @@ def test_the_status_line_tells_of_a_failure_until_a_turn_succeeds(make_engine, n
     engine.send(script({"thread": "new"}, {"event": {"type": "turn.failed"}}))
     comes("Idle; turn 3 failed: Codex does not say why")
     assert re.search(r" warning turn 3 ended: .* s: Codex does not say why\n", engine.log())
+    engine.start_turn(script({"thread": "new"}, {"sleep": 60}))
+    engine.post("/codex/interrupt")
     engine.restart()
-    comes("Idle; turn 3 failed: ")
+    comes("Idle; turn 3 failed: Codex does not say why")
     engine.start_turn(script({"thread": "new"}, {"sleep": 60}))
     engine.kill()
     engine.start()
-    comes("Idle; turn 4 failed: The engine ended unexpectedly during the turn and was started "
+    comes("Idle; turn 5 failed: The engine ended unexpectedly during the turn and was started "
           "again")
     os.rename(engine.workspace, engine.workspace + ".gone")
     assert engine.post("/codex/send", {"message": "x"}).status == 503
