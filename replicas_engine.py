@@ -6036,8 +6036,9 @@ class Application:
         """The kept turns, newest first."""
         query = request.query()
         before = whole_number(query, "before", least=1)
-        ids = [turn_id for turn_id in self.runner.state.turn_ids()
-               if before is None or turn_id < before]
+        with explained("The turns can't be listed", "see REPLICAS_ENGINE_STATE"):
+            ids = [turn_id for turn_id in self.runner.state.turn_ids()
+                   if before is None or turn_id < before]
         limit = whole_number(query, "limit", least=1)
         return json_response({"turns": self.runner.results(ids[-limit:] if limit else ids)})
 

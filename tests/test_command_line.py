@@ -231,6 +231,11 @@ def test_a_state_directory_that_is_no_longer_what_it_was(engine, part, is_folder
     status = engine.status()
     assert path in " ".join(found["problem"] for found in status["problems"])
     assert status["turn"] is None or part == "lock"
+    if part != "lock":
+        answer = engine.get("/codex/turns")
+        assert answer.status == 503 and answer.json()["details"] == (
+            "%s/turns: Not a directory: see REPLICAS_ENGINE_STATE" % engine.state)
+        assert "Traceback" not in engine.log()
 
 
 def test_a_state_directory_of_another_user(complete, monkeypatch):
