@@ -689,7 +689,8 @@ def test_the_status_line_tells_of_a_failure_until_a_turn_succeeds(make_engine, n
     comes("Idle; turn 1 failed: boom")
     engine.send(script({"thread": "new"}, {"event": {"type": "turn.failed"}}))
     comes("Idle; turn 3 failed: Codex does not say why")
-    assert re.search(r" warning turn 3 ended: .* s: Codex does not say why\n", engine.log())
+    wait_for(lambda: re.search(r" warning turn 3 ended: .* s: Codex does not say why\n",
+                               engine.log()))
     engine.start_turn(script({"thread": "new"}, {"sleep": 60}))
     engine.post("/codex/interrupt")
     engine.restart()

@@ -380,7 +380,7 @@ def test_an_event_of_32_mib(make_engine, tmp_path, line):
     assert growth < 4.1 * SIZE
     events = engine.events(turn)
     if len(line) > SIZE:
-        assert "skipped a line: longer than 33554432 bytes" in engine.log()
+        wait_for(lambda: "skipped a line: longer than 33554432 bytes" in engine.log())
         assert len(events) == 2
     else:
         assert len(events) == 3 and events[0].data.encode() == line

@@ -335,7 +335,7 @@ def test_a_failed_turn(engine, steps, message, code):
 
 def test_an_interrupted_turn(engine):
     turn_id = engine.start_turn(script({"thread": "new"}, {"sleep": 100}))
-    wait_for(lambda: engine.status()["thread_id"])
+    wait_for(lambda: engine.status()["session_file"])
     assert engine.post("/codex/interrupt").json()["turn_id"] == turn_id
     status = check_status(engine)
     assert status["turn"]["status"] == "interrupted"

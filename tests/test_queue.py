@@ -280,7 +280,8 @@ def test_one_that_cannot_be_started_waits_on_and_then_fails(make_engine, tmp_pat
             failed = result(engine, turn)
             assert failed["error"]["code"] == "not_started" and failed["status"] == "failed"
             assert "workspace directory is missing" in failed["error"]["message"]
-        assert "turn 3 could not be started: The workspace directory is missing" in engine.log()
+        wait_for(lambda: "turn 3 could not be started: The workspace directory is missing"
+                 in engine.log())
     os.rename(engine.workspace + ".away", engine.workspace)
     if patience:
         assert [result(engine, turn)["status"] for turn in (2, 3)] == ["completed"] * 2

@@ -372,7 +372,7 @@ def test_a_pause_of_the_machine_is_no_stall(make_engine, tmp_path):
         assert engine.status()["turn"]["status"] == "running"
     open(go_on, "w").close()
     assert engine.events(turn)[-2].type == "turn.completed"
-    assert "stood still" in engine.log()
+    wait_for(lambda: "stood still" in engine.log())
 
 
 def test_no_stall_where_none_is_wanted(make_engine):
