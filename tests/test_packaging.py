@@ -161,6 +161,11 @@ def test_every_commit_has_a_version_of_its_own(tmp_path):
     assert versions[0].startswith(number + "+git20261125235958.")
     for older, newer in zip([number] + versions, versions):
         ok("dpkg", "--compare-versions", older, "lt", newer)
+    # Where git refuses to look there is no version, and none is made up.
+    done = run(str(source / "packaging" / "build-deb"), str(tmp_path / "none"),
+               env=dict(os.environ, GIT_TEST_ASSUME_DIFFERENT_OWNER="1"))
+    assert done.returncode and "safe.directory" in done.stderr, done
+    assert not (tmp_path / "none").exists()
     ok(*git, "tag", "v" + number)
     assert ok(str(source / "packaging" / "build-deb"), str(tmp_path)).stdout.strip().endswith(
         "/replicas-engine_%s_all.deb" % number)
