@@ -92,7 +92,7 @@ def test_first_boot_script_of_cloud_init():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", ["install", "cloud-init"])
+@pytest.mark.parametrize("name", ["build-deb", "install", "cloud-init", "try"])
 def test_help(name):
     assert "Usage:" in ok(script(name), "--help").stdout
     done = run(script(name), "--nonsense")
@@ -225,7 +225,8 @@ def test_cloud_init_with_a_url_fits_everywhere(tmp_path):
 
 @pytest.mark.parametrize("option, value, what", [
     ("--secret", SECRET, "standard input"), ("--codex-api-key", "sk-given", "standard input"),
-    ("--secret", "-", "nothing on standard input"), ("--user", "a b", "letters, digits and"), ("--port", "abc", "a number from 1 to 65535"),
+    ("--secret", "-", "nothing on standard input"), ("--user", "a b", "letters, digits and"),
+    ("--user", "root", "that is not root"), ("--port", "abc", "a number from 1 to 65535"),
     ("--port", "65536", "a number from 1 to 65535"), ("--url", "nonsense", "https://"),
     ("--url", "https://host.test/a'b", "letters, digits and"), ("--sha256", "ab", "sha256sum"),
     ("--deb", "/etc/passwd", "packaging/build-deb"), ("--secret", "", "needs a value")])
