@@ -345,6 +345,12 @@ def test_setup_applies_what_stands_in_the_settings(installed):
             ("REPLICAS_ENGINE_SANDBOX=full\n", "REPLICAS_ENGINE_SANDBOX=full is none of"),
             ("REPLICAS_ENGINE_IDLE_TIMEOUT='1 h'\n", "REPLICAS_ENGINE_IDLE_TIMEOUT=1 h is not"),
             ("PORT=http\n", "a number from 1 to 65535 is needed, not http"),
+            ("CODEX_HOME=relative/path\n", "CODEX_HOME: an absolute path is needed"),
+            ("REPLICAS_ENGINE_STATE=state\n", "REPLICAS_ENGINE_STATE: an absolute path is needed"),
+            ("CODEX_HOME=/tmp/x\n", "CODEX_HOME: /tmp/x: the service has a /tmp"),
+            ("REPLICAS_ENGINE_WEBHOOK_URL=https://h.test/\n", "set both or neither"),
+            ("REPLICAS_ENGINE_WEBHOOK_URL=ftp://h.test/\nREPLICAS_ENGINE_WEBHOOK_SECRET=any\n",
+             "not the URL of an http or https server"),
             ("REPLICAS_ENGINE_SECRET=fifteen-of-them\n", "less than 16 characters"),
             ("A note.\n", "not NAME=value; mend or delete it.")]:
         change(text)
@@ -353,6 +359,36 @@ def test_setup_applies_what_stands_in_the_settings(installed):
         assert done.returncode == 1 and what in done.stderr, (text, done)
         assert "Nothing was changed." in done.stderr and "Traceback" not in done.stderr
         assert machine.files() == before and machine.pid() == pid
+        done = machine.run("replicas-engine --check", check=False)
+        assert done.returncode == 1 and what in done.stdout, (text, done)
+        assert "Nothing was changed." not in done.stdout + done.stderr
+    change("WORKSPACE_HOME=relative/path\n")
+    assert "an absolute path is needed" in machine.run("replicas-engine-setup", check=False).stderr
+
+    # Whoever else could read the file or write it can't afterwards.
+    for how in ("chown ubuntu", "chmod 664", "chmod 604"):
+        change("")
+        machine.run("%s %s; replicas-engine-setup" % (how, SETTINGS))
+        assert machine.out("stat -c '%%a %%U %%G' %s" % SETTINGS) == "600 root root"
+
+
+def test_secret_is_known_as_systemd_reads_it(installed):
+    """With blanks and quotes, which systemd takes away."""
+    machine = installed
+    settings = machine.read(SETTINGS)
+    for line in ("  REPLICAS_ENGINE_SECRET = given-by-hand_16", "REPLICAS_ENGINE_SECRET='given-by-hand_16'",
+                 'REPLICAS_ENGINE_SECRET="given-by-"hand_16'):
+        machine.write(SETTINGS, re.sub("(?m)^REPLICAS_ENGINE_SECRET=.*", line, settings), 0o600)
+        out = machine.out("replicas-engine-setup")
+        turn = re.search(r"A turn: ((?:.*\n){3})", out).group(1)
+        assert "Codex" in json.loads(machine.out(turn.replace("sudo", "")))["error"]
+        shown = re.search(r"The secret: (.*)", out).group(1)
+        assert machine.out(shown.replace("sudo", "")) == "given-by-hand_16"
+        done = machine.run("replicas-engine --check", check=False)
+        assert re.search("(?m)^ok +secret: ", done.stdout) and not done.stderr, done
+    machine.run("rm " + SETTINGS)
+    done = machine.run("replicas-engine --check", check=False)
+    assert done.returncode == 1 and "MISSING secret: " in done.stdout and not done.stderr, done
 
 
 def check_reading(machine):
@@ -521,6 +557,12 @@ def test_deb_where_no_systemd_runs(deb):
         out = subprocess.run(["chroot", machine.root, "dpkg", "-i", "/srv/engine.deb"], check=True,
                              stdout=subprocess.PIPE, universal_newlines=True).stdout
         assert "starts when systemd does" in out
+        before = sorted(os.listdir(machine.path("/root")))
+        done = subprocess.run(["chroot", machine.root, "replicas-engine", "--check"],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True)
+        assert done.returncode == 1 and "systemd does not run here" in done.stdout
+        assert sorted(os.listdir(machine.path("/root"))) == before
         machine.boot()
         check_service(machine)
 
@@ -536,6 +578,9 @@ def test_on_the_oldest_debian(deb):
         machine.run("rm /srv/texts.*")
         verify = machine.run(VERIFY)
         assert verify.stdout + verify.stderr == ""
+        done = machine.run("replicas-engine --check", check=False)
+        assert re.search("(?m)^ok +state: ", done.stdout) and not done.stderr, done
+        assert not machine.out("journalctl -p warning -b | grep replicas-engine-check || true")
         machine.install("--uninstall")
         machine.run("dpkg -i " + put(machine, deb))
         check_service(machine)
@@ -821,14 +866,37 @@ def test_nobody_reads_the_secret_before_the_engine_runs(installed):
     assert done.returncode != 0 and not done.stdout
 
 
+def test_check_tries_what_the_unit_allows(installed):
+    """Whatever the operator's own drop-in takes away or gives."""
+    machine = installed
+
+    def checked(lines):
+        machine.write("/etc/systemd/system/replicas-engine.service.d/test.conf", lines)
+        machine.run("systemctl daemon-reload; systemctl restart replicas-engine")
+        return machine.run("replicas-engine --check", check=False).stdout
+
+    assert re.search("(?m)^ok +sandbox: ", checked("[Service]\n"))
+    assert "MISSING sandbox: " in checked("[Service]\nRestrictNamespaces=yes\n")
+    assert "MISSING sandbox: " in checked("[Service]\nSystemCallFilter=\\\n  ~unshare\n")
+    out = checked("[Service]\nInaccessiblePaths=/home/ubuntu\nEnvironment=REPLICAS_ENGINE_X=%n\n"
+                  "[Unit]\nDescription=A unit of mine\n")
+    assert "MISSING workspace: " in out and "REPLICAS_ENGINE_X is not a setting" in out
+    assert machine.out("ls /run/systemd/system /run | grep replicas-engine-check || true") == ""
+    assert machine.out("systemctl list-units --all --no-legend 'replicas-engine-check*'") == ""
+    assert not machine.out("journalctl -p warning -b | grep replicas-engine-check || true")
+
+
 def test_check_does_not_have_the_secret(installed):
     machine = installed
+    machine.run("echo REPLICAS_ENGINE_WEBHOOK_URL=http://127.0.0.1:9/ >>{0}; "
+                "echo REPLICAS_ENGINE_WEBHOOK_SECRET=the-key-of-the-webhook >>{0}".format(SETTINGS))
     machine.write("/srv/codex", "#!/bin/sh\nsleep 4\necho codex-cli 0.169.0\n", 0o755)
     machine.run("echo CODEX_PATH=/srv/codex >>" + SETTINGS)
     out = machine.out("replicas-engine --check >/srv/checked & sleep 2; for pid in $(pgrep -f"
                       " '[-]I /usr/lib/replicas-engine --check'); do cat /proc/$pid/environ; done |"
                       " tr '\\0' '\\n'; wait")
     assert "CODEX_PATH=/srv/codex" in out and machine.secret() not in out
+    assert "the-key-of-the-webhook" not in out
     assert "ok      secret: REPLICAS_ENGINE_SECRET is set" in machine.out("cat /srv/checked")
 
 
@@ -836,14 +904,16 @@ def test_check_finds_what_is_wrong_with_the_settings_and_the_socket(installed):
     machine = installed
     machine.run("echo no setting >>%s; echo PORT=4000 >>%s" % (SETTINGS, SETTINGS))
     done = machine.run("replicas-engine --check", check=False)
-    assert done.returncode == 1 and "NAME=" in done.stderr
+    assert done.returncode == 1 and "MISSING settings: " in done.stdout and "NAME=" in done.stdout
     machine.run("sed -i /^no/d " + SETTINGS)
     done = machine.run("replicas-engine --check", check=False)
     assert re.search("MISSING port: .*PORT=4000 are passed over.*3737 of every interface; sudo "
                      "replicas-engine-setup", done.stdout), done
     machine.run("systemctl stop replicas-engine; userdel ubuntu")
     done = machine.run("replicas-engine --check", check=False)
-    assert done.returncode == 1 and "there is no user ubuntu; sudo replicas-engine-setup" in done.stdout
+    assert done.returncode == 1
+    assert re.search("MISSING settings: there is no user 'ubuntu' .*\n +sudo replicas-engine-setup",
+                     done.stdout), done
 
 
 def test_stop_leaves_no_process(with_codex):
