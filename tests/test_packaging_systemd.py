@@ -372,6 +372,32 @@ def test_setup_applies_what_stands_in_the_settings(installed):
         assert machine.out("stat -c '%%a %%U %%G' %s" % SETTINGS) == "600 root root"
 
 
+def test_setup_restarts_a_service_that_cannot_write_its_directories(installed):
+    """Each was deleted and made again: the service's own view of the files knows but the first."""
+    machine = installed
+    machine.run("echo REPLICAS_ENGINE_STATE=/srv/state >>" + SETTINGS)
+    machine.run("replicas-engine-setup --workspace /srv/work")
+    make = "rm -rf {0} && mkdir {0} && chown ubuntu {0}"
+    for folder in ("/srv/work", "/srv/state", "/var/lib/replicas-engine"):
+        if folder.startswith("/var"):
+            machine.run("sed -i '/^REPLICAS_ENGINE_STATE=/d' %s; replicas-engine-setup" % SETTINGS)
+        pid = machine.pid()
+        machine.run(make.format(folder))
+        done = machine.run("replicas-engine --check", check=False)
+        assert done.returncode == 1
+        assert re.search("MISSING service: .*=%s: .*; sudo systemctl restart replicas-engine"
+                         % folder, done.stdout), done
+        machine.run("rm -r %s; replicas-engine-setup" % folder)
+        assert machine.pid() != pid
+        machine.run("nsenter -t %d -m setpriv --reuid=ubuntu --clear-groups touch %s/x"
+                    % (machine.pid(), folder))
+        pid = machine.pid()
+        machine.run("replicas-engine-setup")
+        assert machine.pid() == pid
+        done = machine.run("replicas-engine --check", check=False)
+        assert "MISSING service" not in done.stdout, done
+
+
 def test_secret_is_known_as_systemd_reads_it(installed):
     """With blanks and quotes, which systemd takes away."""
     machine = installed
@@ -464,6 +490,8 @@ printf '#!/bin/sh\\n' >/usr/local/bin/bwrap
 """, 0o755)
     out = machine.install("--allow-sandbox").stdout
     assert "profile" in out.split() and "can't be made" not in out
+    assert "sandbox" not in machine.get("/codex/status", machine.secret())[1].replace(
+        '"sandbox_mode"', "")
     assert "can't be made" not in machine.run("replicas-engine-setup").stdout
 
 
