@@ -398,6 +398,32 @@ def test_setup_restarts_a_service_that_cannot_write_its_directories(installed):
         assert "MISSING service" not in done.stdout, done
 
 
+def test_setup_refuses_a_directory_that_the_user_cannot_write(installed):
+    machine = installed
+    settings, pid = machine.read(SETTINGS), machine.pid()
+    machine.run("mkdir /home/ubuntu/w /srv/s; mkdir -m 700 /srv/closed")
+    for text, folder in [("WORKSPACE_HOME=/home/ubuntu/w\n", "/home/ubuntu/w"),
+                         ("CODEX_HOME=~/w\n", "/home/ubuntu/w"),
+                         ("REPLICAS_ENGINE_STATE=/srv/s\n", "/srv/s"),
+                         ("WORKSPACE_HOME=/srv/closed/a/b\n", "/srv/closed"),
+                         ("WORKSPACE_HOME=/srv/closed/c\nREPLICAS_ENGINE_SANDBOX=read-only\n",
+                          "/srv/closed")]:
+        machine.write(SETTINGS, settings + text, 0o600)
+        before = machine.files()
+        done = machine.run("replicas-engine-setup", check=False)
+        assert done.returncode == 1 and "Nothing was changed." in done.stderr, done
+        assert "sudo chown ubuntu: " + folder in done.stderr, done
+        assert machine.files() == before and machine.pid() == pid
+    machine.write(SETTINGS, settings + "WORKSPACE_HOME=/home/ubuntu/w\n", 0o600)
+    machine.run("chown ubuntu: /home/ubuntu/w; replicas-engine-setup")
+    checked = machine.run("replicas-engine --check", check=False).stdout
+    assert re.search("(?m)^ok +workspace: /home/ubuntu/w$", checked)
+    # The agent isn't to write there: then nobody needs to.
+    machine.write(SETTINGS, settings + "WORKSPACE_HOME=/srv/s\nREPLICAS_ENGINE_SANDBOX=read-only\n",
+                  0o600)
+    machine.run("replicas-engine-setup")
+
+
 def test_secret_is_known_as_systemd_reads_it(installed):
     """With blanks and quotes, which systemd takes away."""
     machine = installed
