@@ -433,7 +433,8 @@ def test_secret_is_known_as_systemd_reads_it(installed):
     """With blanks and quotes, which systemd takes away."""
     machine = installed
     settings = machine.read(SETTINGS)
-    for line in ("  REPLICAS_ENGINE_SECRET = given-by-hand_16", "REPLICAS_ENGINE_SECRET='given-by-hand_16'",
+    for line in ("  REPLICAS_ENGINE_SECRET = given-by-hand_16",
+                 "REPLICAS_ENGINE_SECRET='given-by-hand_16'",
                  'REPLICAS_ENGINE_SECRET="given-by-"hand_16'):
         machine.write(SETTINGS, re.sub("(?m)^REPLICAS_ENGINE_SECRET=.*", line, settings), 0o600)
         out = machine.out("replicas-engine-setup")
