@@ -585,7 +585,6 @@ ENGINE_SETTINGS = tuple(PREFIX + name for name in (
     "MAX_CONNECTIONS", "MAX_HISTORY", "DELTAS", "WEBHOOK_URL", "WEBHOOK_SECRET"))
 OTHER_SETTINGS = ("HOST", "PORT", "WORKSPACE_HOME", "CODEX_PATH", "CODEX_HOME", "CODEX_API_KEY",
                   "OPENAI_API_KEY", "OPENAI_BASE_URL")
-SECRET_LENGTH = "REPLICAS_ENGINE_SECRET_LENGTH"     # for --check, which shall not have the secret
 SETUP = "/usr/sbin/replicas-engine-setup"           # is there if the engine was installed
 
 
@@ -688,7 +687,7 @@ def unknown_names(env):
     found, names = [], {name[len(PREFIX):]: name for name in ENGINE_SETTINGS}
     names.update((name, name) for name in OTHER_SETTINGS)
     for name in sorted(env):
-        if name.startswith(PREFIX) and name not in ENGINE_SETTINGS + (SECRET_LENGTH,):
+        if name.startswith(PREFIX) and name not in ENGINE_SETTINGS:
             near = difflib.get_close_matches(name[len(PREFIX):], names, 1, cutoff=0.7)
             found.append(problem("%s is not a setting" % shown(name), "set %s instead"
                                  % names[near[0]] if near else "README lists them"))
@@ -738,7 +737,6 @@ class Settings:
         self.home = get("HOME") or _home_of_user()
         self.is_service = "STATE_DIRECTORY" in self.env and os.path.exists(SETUP)
         self.secret = self._secret("REPLICAS_ENGINE_SECRET")
-        self.secret_length = len(self.secret or "") or self._number(SECRET_LENGTH, 0)
         self.host = get("HOST")
         self.port = self._number("PORT", 3737, most=65535)
         self.development = get("NODE_ENV") == "development"
@@ -5699,8 +5697,11 @@ class Problems:
     def find(self):
         """The problems that there are: [{"problem": what, "details": what to do}].
 
-        It starts no process, but for a `codex --version` if nobody has asked that Codex yet.
+        It starts no process, but for a `codex --version` if nobody has asked that Codex yet, and
+        for a sandbox that could not be made before: what was mended is seen at once.
         """
+        if self.sandbox_error:
+            self.sandbox_error = try_sandbox()
         return [found for _, _, problems in self.look() for found in problems]
 
     def look(self):
@@ -5744,7 +5745,7 @@ class Problems:
 
     def _look_at_secret(self):
         """What clients show to the engine."""
-        length = self.settings.secret_length
+        length = len(self.settings.secret or "")
         if not length:
             return "", [problem("REPLICAS_ENGINE_SECRET is not set: only /health is answered",
                                 self.settings.remedy("set REPLICAS_ENGINE_SECRET"))]
