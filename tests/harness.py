@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import nursery
 import replicas_engine
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -151,7 +152,7 @@ class Answer:
 class Engine:
     """An engine as a process of its own, with a home, a CODEX_HOME and a workspace of its own."""
 
-    program = [sys.executable, "-W", "error", "-c", ENGINE]
+    program = nursery.PYTHON + ["-c", ENGINE]
 
     def __init__(self, folder, constants=None, **env):
         if constants:
@@ -187,9 +188,13 @@ class Engine:
     def start(self, wait=True):
         begin = os.path.getsize(self.log_path) if os.path.exists(self.log_path) else 0
         with open(self.log_path, "ab") as log_file:
-            self.process = subprocess.Popen(
-                self.program, env=self.env, cwd=self.folder,
-                stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
+            if self.program[:len(nursery.PYTHON)] == nursery.PYTHON:
+                self.process = nursery.Forked(self.program[len(nursery.PYTHON):], self.env,
+                                              self.folder, self.log_path)
+            else:
+                self.process = subprocess.Popen(
+                    self.program, env=self.env, cwd=self.folder,
+                    stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)
         if wait:
             def listening():
                 assert self.process.poll() is None, "the engine ended:\n" + self.log()[begin:]
