@@ -445,9 +445,11 @@ def child_of(parent):
 
 UNDUMPABLE = """\
 #!%s
-import ctypes, runpy
+import ctypes, sys
+sys.path.insert(0, %r)
+import stand_in_codex
 ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
-runpy.run_path(%r, run_name="__main__")
+stand_in_codex.run_as_codex()
 """
 # Even root sees only what it may trace, if it can't trace everything and isn't of the group root.
 CONFINED = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace", "--regid=65534",
@@ -463,7 +465,7 @@ def test_a_codex_that_the_process_table_hides(make_engine, tmp_path, signals):
     if not works(HIDING + ["true"]):
         conftest.unavailable("/proc can't be mounted anew: that takes root")
     program = tmp_path / "codex"
-    program.write_text(UNDUMPABLE % (sys.executable, harness.STAND_IN_CODEX))
+    program.write_text(UNDUMPABLE % (sys.executable, harness.TESTS))
     program.chmod(0o755)
     engine = make_engine(start=False, CODEX_PATH=str(program))
     engine.program = HIDING + harness.Engine.program
