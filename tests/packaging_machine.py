@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -22,6 +23,12 @@ PACKAGES = "systemd,systemd-sysv,dbus,python3,curl,libpam-systemd,procps"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CLONE = "/srv/a clone"  # packaging/ works from a clone at any path
 SETTINGS = "/etc/replicas-engine/settings.env"
+# What no installation is looked for in, and what the system itself keeps, and Codex.
+NOT_OURS = ("/proc", "/sys", "/run", "/dev", "/tmp", "/var/log", "/var/tmp", "/var/cache",
+            "/var/lib/apt", "/var/lib/dpkg", "/var/lib/systemd/timers", CLONE)
+KEPT_BY_OTHERS = ("/etc", "/root", "/srv", "/var/lib/systemd", "/var/lib/systemd/random-seed",
+                  "/etc/ld.so.cache", "/etc/machine-id", "/etc/.updated", "/var/.updated",
+                  "/home/ubuntu/.codex")
 
 
 def codex_program(version):
@@ -92,13 +99,28 @@ def sweep():
                 shutil.rmtree(base, ignore_errors=True)
 
 
-class Machine:
-    """A booted machine. A context manager: nothing of it is left afterwards."""
+def about(path):
+    """What an installation could change of a file: mode, owner, size, time, and where a link leads;
+    None where there is none. Bytecode is compiled again at each setup, and has no time."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return (found.st_mode, found.st_uid, None if stat.S_ISDIR(found.st_mode) else found.st_size,
+            None if "/__pycache__" in path else found.st_mtime_ns,
+            os.readlink(path) if stat.S_ISLNK(found.st_mode) else None)
 
-    def __init__(self, extra=(), suite=SUITE, binds=()):
+
+class Machine:
+    """A booted machine. A context manager: nothing of it is left afterwards.
+
+    It has the disk of `like`, another one that is halted and stays so for as long, or a new one.
+    """
+
+    def __init__(self, extra=(), suite=SUITE, binds=(), like=None):
         self.name = "replicas-%d-%s" % (os.getpid(), uuid.uuid4().hex[:12])
         self.cgroups = [os.path.join(folder, self.name) for folder in cgroup_folders()]
-        self.lower = tree(extra, suite)
+        self.layers = like.layers if like else [tree(extra, suite)]     # the newest first
         self.binds = binds
         self.leader = None
         self._nspawn = None
@@ -109,7 +131,9 @@ class Machine:
         self.base = tempfile.mkdtemp(prefix="run-%d-" % os.getpid(), dir=CACHE)
         try:
             self._lay()
-            self._copy_clone()
+            if not os.path.exists(self.path(CLONE)):
+                self._copy_clone()
+                self._update()
             return self
         except BaseException:
             self.close()
@@ -123,13 +147,16 @@ class Machine:
         for name in ("root", "upper", "work"):
             os.mkdir(os.path.join(self.base, name))
         layers = "lowerdir=%s,upperdir=%s/upper,workdir=%s/work" % (
-            self.lower, self.base, self.base)
+            ":".join(self.layers), self.base, self.base)
         mount = subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, self.root],
                                stderr=subprocess.DEVNULL)
         self._mounted = mount.returncode == 0
-        if not self._mounted:  # An overlay can't lie on another one, as in some CI containers.
-            subprocess.run(["cp", "-a", "--reflink=auto", self.lower + "/.", self.root],
+        if self._mounted:
+            self.layers = [self.base + "/upper"] + self.layers
+        else:  # An overlay can't lie on another one, as in some CI containers.
+            subprocess.run(["cp", "-a", "--reflink=auto", self.layers[0] + "/.", self.root],
                            check=True)
+            self.layers = [self.root, self.layers[-1]]
         for source, target in self.binds:
             os.makedirs(self.path(target), exist_ok=True)
 
@@ -139,6 +166,12 @@ class Machine:
         for name in ("replicas_engine.py", "README.md"):
             if os.path.exists(os.path.join(CHECKOUT, name)):
                 shutil.copy(os.path.join(CHECKOUT, name), self.path(CLONE, name))
+
+    def _update(self):
+        """What the first boot would do, to spare it that: systemd-update-done.service(8)."""
+        for path in ("/etc/.updated", "/var/.updated"):
+            self.write(path, "")
+            shutil.copystat(self.path("/usr"), self.path(path))
 
     def path(self, *parts):
         """Where a path of the machine lies here."""
@@ -172,7 +205,7 @@ class Machine:
         while time.monotonic() < deadline:
             self.leader = self._find_leader()
             # "degraded" will do: what doesn't work in a container is not ours.
-            if self.leader and self.out("systemctl is-system-running", check=False) in (
+            if self.leader and self.out("systemctl is-system-running --wait", check=False) in (
                     "running", "degraded"):
                 return self
             if self._nspawn.poll() is not None:
@@ -207,6 +240,21 @@ class Machine:
         self._log.close()
         self._nspawn = self.leader = None
 
+    def rest(self):
+        """Halt it for good, so that others may have the disk of it."""
+        self.halt()
+        if self._mounted:
+            self._unmount()
+
+    def _unmount(self):
+        for _ in range(50):
+            if subprocess.run(["umount", self.root], stderr=subprocess.DEVNULL).returncode == 0:
+                break
+            time.sleep(0.1)
+        else:
+            subprocess.run(["umount", "--lazy", self.root], check=True)
+        self._mounted = False
+
     def close(self):
         self.halt()
         for folder in self.cgroups:
@@ -215,13 +263,7 @@ class Machine:
                     break
                 time.sleep(0.1)
         if self._mounted:
-            for _ in range(50):
-                if subprocess.run(["umount", self.root], stderr=subprocess.DEVNULL).returncode == 0:
-                    break
-                time.sleep(0.1)
-            else:
-                subprocess.run(["umount", "--lazy", self.root], check=True)
-            self._mounted = False
+            self._unmount()
         shutil.rmtree(self.base, ignore_errors=True)
 
     def enter(self):
@@ -303,18 +345,21 @@ class Machine:
         return time.monotonic() - start
 
     def files(self):
-        """Every file that an installation could touch: path, mode, owner, size, time (but of
-        bytecode, which is compiled again at each setup)."""
-        listing = self.out(
-            "find / -xdev \\( -path /proc -o -path /sys -o -path /run -o -path /dev -o -path /tmp"
-            " -o -path /var/log -o -path /var/tmp -o -path /var/cache -o -path /var/lib/apt"
-            " -o -path /var/lib/dpkg -o -path /var/lib/systemd/timers -o -path '%s' \\) -prune -o"
-            " \\( -path '*/__pycache__*' -printf '%%p\\t%%m %%u %%s\\n' -o"
-            " -printf '%%p\\t%%m %%u %%s %%T@ %%l\\n' \\)" % CLONE)
-        found = dict(line.split("\t", 1) for line in listing.splitlines())
-        # Kept by the system itself, and Codex's own.
-        for path in ("/", "/etc", "/root", "/srv", "/var/lib/systemd",
-                     "/var/lib/systemd/random-seed", "/etc/ld.so.cache", "/etc/machine-id",
-                     "/etc/.updated", "/var/.updated", "/home/ubuntu/.codex"):
-            found.pop(path, None)
+        """Every file of the disk that isn't as the tree has it, and could be so by an installation:
+        a dictionary of what `about` says of it."""
+        found = {}
+        for layer in self.layers[:-1] if self._mounted else self.layers:
+            for folder, folders, names in os.walk(layer):
+                place = folder[len(layer):]
+                folders[:] = [name for name in folders if place + "/" + name not in NOT_OURS]
+                for name in folders + names:
+                    path = place + "/" + name
+                    now = about(self.path(path))
+                    if path not in KEPT_BY_OTHERS and now != about(self.layers[-1] + path):
+                        found[path] = now
         return found
+
+    def strange(self, known):
+        """The paths, but of directories of the tree, that are in one of `files` and `known` alone."""
+        return sorted(path for path in set(self.files()) ^ set(known)
+                      if not os.path.isdir(self.layers[-1] + path))
