@@ -172,6 +172,11 @@ class Machine:
         for path in ("/etc/.updated", "/var/.updated"):
             self.write(path, "")
             shutil.copystat(self.path("/usr"), self.path(path))
+        # Masked, systemd.generator(7): they look for disks and the like, at each daemon-reload.
+        os.makedirs(self.path("/etc/systemd/system-generators"))
+        for path in glob.glob(self.path("/lib/systemd/system-generators/systemd-*")):
+            os.symlink("/dev/null", self.path("/etc/systemd/system-generators",
+                                              os.path.basename(path)))
 
     def path(self, *parts):
         """Where a path of the machine lies here."""
