@@ -113,6 +113,14 @@ def no_subreaper():
 
 
 @pytest.fixture(autouse=True)
+def logged_in_time():
+    """What an engine in the tests' own process logs is written in the test whose engine it is."""
+    yield
+    for handler in replicas_engine.logger.handlers:
+        handler.flush()
+
+
+@pytest.fixture(autouse=True)
 def answers_fit_the_contract():
     """What the engine answers in a test is what packaging/openapi.json says."""
     yield

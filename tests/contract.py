@@ -26,6 +26,10 @@ def as_number(text):
     return int(text) if len(text) < 20 else float(text)
 
 
+def from_json(text):
+    return json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_int=as_number)
+
+
 class Contract:
     """The document: which answer may come on what, and what doesn't fit."""
 
@@ -35,6 +39,7 @@ class Contract:
         self.complaints = []            # of all answers so far, as text
         self._resolved = {}             # reference -> what it leads to, without references
         self._validators = {}           # id of a schema -> its validator
+        self._right = set()             # hashes of what was found to fit
         self.paths = {path: self.resolve(item) for path, item in self.document["paths"].items()}
         self.components = self.resolve(self.document["components"])
         self._patterns = [(re.compile(re.sub(r"\\{\w+\\}", "[0-9]{1,15}", re.escape(path))), path)
@@ -69,6 +74,16 @@ class Contract:
         return ["%s: %s" % (error.json_path, error.message[:1000])
                 for error in validator.iter_errors(value)]
 
+    def problems_once(self, schema, value, read=lambda value: value):
+        """The same of read(value), for what comes again and again: what fits is not tried anew."""
+        key = hash((id(schema), value))
+        if key in self._right:
+            return []
+        problems = self.problems(schema, read(value))
+        if not problems:
+            self._right.add(key)
+        return problems
+
     def responses(self, method, target):
         """The responses that may come to the request, by status."""
         path = re.sub(r"\Ahttp://[^/?]*", "", target).partition("?")[0]
@@ -100,7 +115,7 @@ class Contract:
             values = headers.get_all(name)
             if values:
                 self.complaints += [where + "%s: %s" % (name, problem) for problem in
-                                    self.problems(header["schema"], ", ".join(values))]
+                                    self.problems_once(header["schema"], ", ".join(values))]
             elif header.get("required"):
                 self.complaints.append(where + "%s is missing" % name)
         unknown = {name.lower() for name in headers} - set(documented) - GENERAL_FIELDS
@@ -121,9 +136,8 @@ class Contract:
         elif media:
             if headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            value = json.loads(body.decode("utf-8"), parse_int=as_number)
-            self.complaints += [where + problem
-                                for problem in self.problems(media["schema"], value)]
+            self.complaints += [where + problem for problem in
+                                self.problems_once(media["schema"], body, from_json)]
 
     def check_webhook(self, headers, body):
         """A request that the webhook's receiver got."""
@@ -137,8 +151,9 @@ class Contract:
 
     def check_event(self, event):
         """An event of a stream: a harness.Event."""
-        value = {"id": event.id, "event": event.type, "data": event.data}
-        problems = self.problems(self.schema("ServerSentEvent"), value)
+        problems = self.problems_once(
+            self.schema("ServerSentEvent"), (event.id, event.type, event.data),
+            lambda value: dict(zip(("id", "event", "data"), value)))
         if event.type == "done":
             schema = self.schema("Done")
         elif event.type in ENGINES_EVENTS or '"code":' in event.data:
@@ -146,7 +161,7 @@ class Contract:
         else:
             schema = None
         if schema:
-            problems += self.problems(schema, json.loads(event.data, parse_int=as_number))
+            problems += self.problems_once(schema, event.data, from_json)
         self.complaints += ["event %s %s: %s" % (event.id, event.type, problem)
                             for problem in problems]
 

@@ -42,13 +42,14 @@ OPEN_TO_VIEW = {"PR_SET_DUMPABLE": 3}   # it asks (prctl(2)) instead of shutting
 
 def wait_for(condition, what="", patience=PATIENCE):
     """The first true value of `condition()`; fails after `patience` seconds."""
-    deadline = time.monotonic() + patience
+    begin = time.monotonic()
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, "waited %d s for %s" % (patience, what or condition)
-        time.sleep(0.01)
+        waited = time.monotonic() - begin
+        assert waited < patience, "waited %d s for %s" % (patience, what or condition)
+        time.sleep(min(max(0.005, waited / 10), 0.1))       # a tenth longer than needed, at most
 
 
 def script(*steps):
@@ -176,6 +177,7 @@ class Engine:
         self.env.update(env)
         self.env = {name: value for name, value in self.env.items() if value is not None}
         self.log_path = os.path.join(self.folder, "engine.log")
+        self.cgroup = None                  # the folder of that which it is to be in
         self.process = None
         self.port = None
 
@@ -190,8 +192,9 @@ class Engine:
         with open(self.log_path, "ab") as log_file:
             if self.program[:len(nursery.PYTHON)] == nursery.PYTHON:
                 self.process = nursery.Forked(self.program[len(nursery.PYTHON):], self.env,
-                                              self.folder, self.log_path)
+                                              self.folder, self.log_path, self.cgroup)
             else:
+                assert not self.cgroup
                 self.process = subprocess.Popen(
                     self.program, env=self.env, cwd=self.folder,
                     stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file)

@@ -24,8 +24,11 @@ ROOM = 16384                        # bytes for an environment
 PR_GET_CHILD_SUBREAPER = 37         # prctl(2)
 
 
-def become(args, env, cwd, log):
+def become(args, env, cwd, log, cgroup):
     """Be what `PYTHON + args` would be, with those, at the beginning of its script."""
+    if cgroup:
+        with open(cgroup + "/cgroup.procs", "w", encoding="ascii") as file:
+            file.write("0")
     for target, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND)):
         fd = os.open(path, flags)
         os.dup2(fd, target)
@@ -60,9 +63,9 @@ def serve():
         if pid:
             os.write(1, b"%d" % pid)
             os._exit(0)
-        args, env, cwd, log = json.loads(line)
-        become(args, env, cwd, log)
-        return args
+        what = json.loads(line)
+        become(*what)
+        return what[0]
     return None
 
 
@@ -83,12 +86,12 @@ def nursery(env):
 
 
 class Forked(subprocess.Popen):
-    """PYTHON + args with `log` for standard output and error, as a child of this process."""
+    """PYTHON + args in that control group, if any, with `log` for standard output and error."""
 
     lock = threading.Lock()         # one at a time
 
-    def __init__(self, args, env, cwd, log):
-        self.what = json.dumps([args, env, cwd, log]).encode() + b"\n"
+    def __init__(self, args, env, cwd, log, cgroup=None):
+        self.what = json.dumps([args, env, cwd, log, cgroup]).encode() + b"\n"
         self.nursery = nursery(decisive(env))
         super().__init__(PYTHON + args)
 

@@ -436,11 +436,17 @@ def start_with_log(make_engine, log_fd):
 
 def fill_log(engine):
     """Have it log more lines, of 2 KB, than a pipe, a socket and the engine itself hold."""
-    with contextlib.closing(engine.connect()) as connection:
-        for _ in range(2500):
-            connection.request("GET", "/" + 2000 * "x",
-                               headers={"X-Replicas-Engine-Secret": harness.SECRET})
-            connection.getresponse().read()
+    request = "GET /%s HTTP/1.1\r\nHost: x\r\nX-Replicas-Engine-Secret: %s\r\n\r\n" % (
+        2000 * "x", harness.SECRET)
+    with socket.create_connection(("127.0.0.1", engine.port), harness.PATIENCE) as sock:
+        answers = sock.makefile("rb")
+        for _ in range(50):
+            sock.sendall(50 * request.encode())
+            missing = 50
+            while missing:
+                line = answers.readline()
+                assert line
+                missing -= b"HTTP/1.1 404 " in line         # behind the last one's body
 
 
 LOGS = {"pipe": os.pipe, "terminal": os.openpty,

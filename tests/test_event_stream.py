@@ -269,8 +269,8 @@ def test_a_client_that_goes_away_does_not_stop_the_turn(engine, tmp_path):
 
 # One turn at a time
 
-def test_two_sends_at_once_a_hundred_times(engine):
-    for _ in range(100):
+def test_two_sends_at_once_forty_times(engine):
+    for _ in range(40):
         barrier, answers = threading.Barrier(2), []
 
         def send():
@@ -293,7 +293,7 @@ def test_two_sends_at_once_a_hundred_times(engine):
         assert refused.json()["error"] == "A turn is already in progress"
         assert refused.json()["turn_id"] == accepted.json()["turn_id"]
         assert engine.post("/codex/interrupt").json()["turn_id"] == accepted.json()["turn_id"]
-    assert len(engine.calls()) <= 100
+    assert len(engine.calls()) <= 40
 
 
 def test_the_next_message_may_follow_done_at_once(engine):

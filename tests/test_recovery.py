@@ -168,10 +168,10 @@ def test_a_client_that_reads_nothing_does_not_hold_up_the_end(engine):
 
 # kill -9
 
-def test_kill_at_fifty_moments_of_a_turn(engine, tmp_path):
+def test_kill_at_thirty_moments_of_a_turn(engine, tmp_path):
     """Every event that Codex printed and the engine read is there, once and in order."""
     thread, n = None, 60
-    for moment in range(50):
+    for moment in [moment for moment in range(50) if moment % 5 in (0, 2, 4)]:
         go_on = str(tmp_path / ("go-on-%d" % moment))
         steps = [BEGIN, {"count": {"n": moment, "size": 100}}, {"wait_for": go_on},
                  {"count": {"n": n - moment, "size": 3000 if moment % 2 else 100}},
@@ -206,7 +206,7 @@ def test_kill_at_fifty_moments_of_a_turn(engine, tmp_path):
         wait_for(lambda: engine.status()["turn"]["status"] != "running")
         check_state(engine)
     assert engine.send("Hello")[0].json()["thread_id"] == thread
-    assert len(engine.calls()) == 51
+    assert len(engine.calls()) == 31
 
 
 def test_kill_in_the_middle_of_a_start(engine):

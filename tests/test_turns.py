@@ -211,7 +211,7 @@ def test_an_interrupt_while_a_turn_starts(engine):
 def test_a_reset_racing_with_the_thread(engine, tmp_path):
     """Whatever the old turn still prints, its thread does not come back."""
     threads = set()
-    for moment in range(40):
+    for moment in range(20):
         go_on = str(tmp_path / ("go-on-%d" % moment))
         turn = engine.start_turn(script({"wait_for": go_on}, BEGIN, {"count": {"n": 30}}, HANG))
         open(go_on, "w").close()
@@ -568,14 +568,14 @@ def test_a_hundred_clients_and_one_that_is_dead(make_engine, tmp_path):
     wait_for(lambda: resources(engine)[0] <= idle + FEW)
     threads, descriptors, _, memory = resources(engine)
     turn = engine.start_turn(script(BEGIN, {"wait_for": go_on},
-                                    {"count": {"n": 300, "size": 20000}}, {"complete": True}))
+                                    {"count": {"n": 100, "size": 20000}}, {"complete": True}))
     dead = socket.create_connection(("127.0.0.1", engine.port))
     dead.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     dead.sendall(stream_head(engine, turn))
     clients = [engine.open("GET", "/codex/events?turn=%d" % turn) for _ in range(100)]
     open(go_on, "w").close()
     streams = at_once(100, lambda number: harness.parse_events(clients[number][1].read()))
-    assert all(len(check_stream(stream)) == 303 for stream in streams)
+    assert all(len(check_stream(stream)) == 103 for stream in streams)
     for connection, _ in clients:
         connection.close()
     assert engine.status()["turn"]["status"] == "completed"
