@@ -32,7 +32,7 @@ The threads, and what each may touch
     accept          new connections; starts one of the next for each
     connection      a client's socket; calls the Application, and so everything that has a lock
     reserve         the same, when no thread can be started for a connection
-    problems        at the start: tries out what may keep turns from going well, and warns of it
+    problems        each minute: tries out what may keep turns from going well, and warns of it
     recovery        at the start: the turns that an earlier engine did not end
     webhook         tells a URL of the turns that are over
     sync            has the disk hold the running turn's log, every second
@@ -887,6 +887,9 @@ class HTTPError(Exception):
         if details is not None:
             self.body["details"] = details
         self.body.update(keys)
+
+    def __str__(self):
+        return ": ".join(filter(None, (self.body["error"], self.body.get("details"))))
 
     def response(self):
         """The answer that it is."""
@@ -2873,6 +2876,9 @@ def native_codex(program):
     return None
 
 
+KEYS = ("CODEX_API_KEY", "OPENAI_API_KEY")  # the first one counts
+
+
 def codex_environment(settings, codex, mark, with_key=True):
     """The environment for a Codex process: ours without what is the engine's or systemd's.
 
@@ -2881,8 +2887,8 @@ def codex_environment(settings, codex, mark, with_key=True):
     own = SYSTEMD_VARIABLES | LISTENING_VARIABLES
     env = {name: value for name, value in settings.inherited.items()
            if name not in own and not name.startswith("REPLICAS_ENGINE_")}
-    key = env.get("CODEX_API_KEY") or env.get("OPENAI_API_KEY")
-    for name in ("CODEX_API_KEY", "OPENAI_API_KEY") if not with_key else ():
+    key = next((env[name] for name in KEYS if env.get(name, "").strip()), None)
+    for name in KEYS if not with_key else ():
         env.pop(name, None)
     if key and with_key:
         env["CODEX_API_KEY"] = key
@@ -2958,6 +2964,17 @@ class CodexFinder:
         except OSError:
             return None
 
+    def ask_again(self):
+        """Ask a Codex that didn't say its version: the machine may have been busy.  Whoever needs
+        the version meanwhile does not wait."""
+        with contextlib.suppress(HTTPError, OSError):
+            codex, (identity, version) = self.find(), self._version
+            if identity and version is None:
+                version = self._ask_version(codex)
+                with self._asking:
+                    if self._version[0] == identity:
+                        self._version = (identity, version)
+
     def _ask_version(self, codex):
         """Run `codex --version`: what it says, or None."""
         child = start_process([codex.program, "--version"], stdin=subprocess.DEVNULL,
@@ -2968,7 +2985,7 @@ class CodexFinder:
             answered = selector.select(VERSION_PATIENCE)
             output = os.read(child.stdout.fileno(), 1000) if answered else b""
             os.killpg(child.pid, signal.SIGKILL)    # it may be a script that waits for another
-        match = re.search(rb"(?i)codex\S*\s+v?([0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Z]*)", output)
+        match = re.search(rb"(?im)(?:codex.*?\bv?|^v?)([0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Z]*)", output)
         return match.group(1).decode() if match else None
 
 
@@ -4249,7 +4266,8 @@ class Turn:
                                   "to a new one" % self.thread_id)
         except Exception as error:          # whatever it is, no reason to leave Codex running
             logger.exception("turn %d: the engine failed", self.id)
-            self.trouble = words_of(error)
+            self.trouble = words_of(error) if isinstance(error, (OSError, MemoryError)) else (
+                "%s: %s" % (type(error).__name__, error))
             self.stopper.order(self.run.processes)
             self.stopper.stopped.wait()
         finally:
@@ -4340,7 +4358,8 @@ class Turn:
         text = "%s could not be started: %s" % ("turn %d" % self.id if waited else "a turn", why)
         if waited or problem.status >= 500:
             logger.error("%s", text)
-            self.runner.last_failure = self.runner.last_failure if self.stop_code else text
+            if not self.stop_code:
+                self.runner.last_failure = text
         else:                               # for who sent it to mend
             logger.info("%s", text)
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
@@ -4619,10 +4638,22 @@ class StateDirectory:
         """Let another engine have the directory."""
         self._lock_file.close()
 
-    def owner(self):
-        """The pid of the engine that works with it, or None."""
-        with contextlib.suppress(OSError), open_regular(os.path.join(self.path, "lock")) as file:
-            return flock_owner(file)
+    def is_ours(self):
+        """Whether it is still the directory that was opened."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.stat(os.path.join(self.path, "lock")),
+                                    os.fstat(self._lock_file.fileno()))
+        return False
+
+    def is_in_use(self):
+        """Whether an engine works with it."""
+        with contextlib.suppress(OSError, ValueError), (
+                open_regular(os.path.join(self.path, "lock"))) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def turn_path(self, turn_id):
         """Where a turn's log is."""
@@ -5310,8 +5341,8 @@ class CodexRunner(Conversation):
 
     def _recall_failure(self):
         """For the status line: why a turn failed, if none has succeeded since."""
-        with contextlib.suppress(HTTPError, OSError, ValueError):
-            for turn_id in reversed(self.state.turn_ids()):
+        for turn_id in reversed(self.state.turn_ids()):
+            with contextlib.suppress(HTTPError, OSError, ValueError):
                 summary = turn_summary(TurnLog.open(self.state.turn_path(turn_id)))
                 if summary["status"] == "failed":
                     self.last_failure = "turn %d failed: %s" % (turn_id,
@@ -5674,34 +5705,33 @@ def is_full(folder):
             or disk.f_files > 0 == disk.f_favail)
 
 
+NO_LOGIN = ("auth_mode", "last_refresh")    # what auth.json has beside keys and tokens
+
+
 class Problems:
-    """What keeps turns from starting or ending well: for --check, for the warnings at the start
-    and for GET /codex/status.
+    """What keeps turns from starting or ending well: for --check, for the log's warnings and for
+    GET /codex/status.  `state` is the running engine's StateDirectory.
 
     Each `_look_at_...` returns what there is, for who wants to know, and a list of problems.
     """
 
-    def __init__(self, settings, finder):
+    def __init__(self, settings, finder, state=None):
         self.settings = settings
         self.finder = finder
+        self.state = state
         self.sandbox_error = None           # what `try_out` found
 
     def try_out(self):
-        """Make the directories that are missing, and start what has to be started to know more."""
-        for folder in (self.settings.codex_home, self.settings.state):
-            with contextlib.suppress(OSError):
-                os.makedirs(folder, mode=0o700, exist_ok=True)
+        """Start what has to be started to know more; it may take seconds."""
+        self.finder.ask_again()
         if self.settings.sandbox != "danger-full-access":
             self.sandbox_error = try_sandbox()
 
     def find(self):
         """The problems that there are: [{"problem": what, "details": what to do}].
 
-        It starts no process, but for a `codex --version` if nobody has asked that Codex yet, and
-        for a sandbox that could not be made before: what was mended is seen at once.
+        It starts no process, but for a `codex --version` if nobody has asked that Codex yet.
         """
-        if self.sandbox_error:
-            self.sandbox_error = try_sandbox()
         return [found for _, _, problems in self.look() for found in problems]
 
     def look(self):
@@ -5711,7 +5741,8 @@ class Problems:
                 ("secret", *self._look_at_secret()),
                 ("workspace", *self._look_at_folder(
                     settings.workspace, "WORKSPACE_HOME", settings.sandbox != "read-only")),
-                ("codex home", *self._look_at_folder(settings.codex_home, "CODEX_HOME")),
+                ("codex home", *self._look_at_folder(settings.codex_home, "CODEX_HOME",
+                                                     is_made=True)),
                 ("state", *self._look_at_state()),
                 ("settings", *self._look_at_settings()), ("sandbox", *self._look_at_sandbox())]
 
@@ -5729,19 +5760,20 @@ class Problems:
 
     def _look_at_key(self):
         """What Codex shows to its API."""
-        for name in ("CODEX_API_KEY", "OPENAI_API_KEY"):
+        for name in KEYS:
             if self.settings.env.get(name, "").strip():
                 return name, []
-        login = os.path.join(self.settings.codex_home, "auth.json")
+        path = os.path.join(self.settings.codex_home, "auth.json")
         try:
-            with open_regular(login) as file:
-                if any(json_object(file.read(READ_SIZE).decode()).values()):
-                    return "the login in %s" % login, []
+            with open_regular(path) as file:
+                login = json_object(file.read(READ_SIZE).decode())
+                if any(value for name, value in login.items() if name not in NO_LOGIN):
+                    return "the login in %s" % path, []
             found = "there is no login in it"
         except (OSError, ValueError) as error:
             found = words_of(error)
         return "", [problem("Codex has no key and no login", "set OPENAI_API_KEY or CODEX_API_KEY, "
-                            "or log in with `codex login` (%s: %s)" % (login, found))]
+                            "or log in with `codex login` (%s: %s)" % (path, found))]
 
     def _look_at_secret(self):
         """What clients show to the engine."""
@@ -5755,41 +5787,52 @@ class Problems:
                                                                % MIN_SECRET, " --secret -"))]
         return "REPLICAS_ENGINE_SECRET is set", []
 
-    def _look_at_folder(self, path, name, is_written=True):
-        """A directory that has to be there, and mostly to be written."""
-        temporary = self.settings.inherited.get("TMPDIR") or "/tmp"
+    def _look_at_folder(self, path, name, is_written=True, is_made=False):
+        """A directory that has to be there, or `is_made` when it is needed; and mostly written."""
+        temporary, there = self.settings.inherited.get("TMPDIR") or "/tmp", path
+        while is_made and not os.path.lexists(there):
+            there = os.path.dirname(there)
+        remedy = self.settings.remedy("make it, or set %s" % name)
         try:
-            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+            is_folder = stat.S_ISDIR(os.stat(there).st_mode)
+            is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
         except OSError as error:
-            found = (error.strerror, "make it, or set %s" % name)
+            what = words_of(error)
         else:
             if not is_folder:
-                found = ("this is not a directory", "set %s to one" % name)
-            elif is_written and not os.access(path, os.W_OK | os.X_OK):
-                found = ("it can't be written", "let the engine's user write, or set %s" % name)
-            elif is_written and is_full(path):
-                found = ("the disk is full", "make room")
+                what, remedy = "this is not a directory", "set %s to one" % name
+            elif is_written and not os.access(there, os.W_OK | os.X_OK):
+                what = "it can't be " + ("written" if there == path else "made in " + there)
+                if not is_read_only:        # as what a service's unit doesn't let it write is
+                    remedy = ("sudo chown %d %s, if it is to be the engine's user's; else set %s"
+                              % (os.geteuid(), there, name))
+            elif is_written and is_full(there):
+                what, remedy = "the disk is full", "make room"
             elif name != "WORKSPACE_HOME" and is_below(path, temporary):
                 # The agent may write there, and Codex can't make its sandbox from there.
-                found = ("it lies below %s" % temporary, "set %s to a place elsewhere" % name)
+                what = "it lies below %s" % temporary
+                remedy = "set %s to a place elsewhere" % name
             else:
                 return path, []
-        what, by_hand = found
-        remedy = by_hand if what == "the disk is full" else self.settings.remedy(by_hand)
         return path, [problem("%s=%s: %s" % (name, path, what), remedy)]
 
     def _look_at_state(self):
-        """The state directory, and what an engine opens in it."""
-        path, problems = self._look_at_folder(self.settings.state, "REPLICAS_ENGINE_STATE")
+        """The state directory, and what the engine has in it."""
+        name = "REPLICAS_ENGINE_STATE"
+        path, problems = self._look_at_folder(self.settings.state, name, is_made=True)
+        if problems:
+            return path, problems
+        if self.state and not self.state.is_ours():
+            return path, [problem("%s=%s: it was deleted or replaced while the engine ran: another "
+                                  "engine could start" % (name, path),
+                                  self.settings.remedy("restart the engine"))]
         for part in (path, os.path.join(path, "lock"), os.path.join(path, "turns")):
             with contextlib.suppress(OSError):
-                status = os.stat(part)
-                if not problems and (os.geteuid() not in (0, status.st_uid)
-                                     or not os.access(part, os.R_OK | os.W_OK)):
-                    problems = [problem("%s can't be used: it is not the engine's" % part,
-                                        "sudo chown -R %d %s" % (os.geteuid(), path))]
-                elif not problems and stat.S_ISDIR(status.st_mode) == part.endswith("lock"):
-                    problems = [problem("%s is no longer what it was" % part, "delete it")]
+                if os.geteuid() not in (0, os.stat(part).st_uid) or not os.access(
+                        part, os.R_OK | os.W_OK | os.X_OK * os.path.isdir(part)):
+                    problems = [problem("%s=%s: not all of it is the engine's" % (name, path),
+                                        "sudo chown -R {0} {1} && sudo chmod -R u+rwX {1}".format(
+                                            os.geteuid(), path))]
         return path, problems
 
     def _look_at_settings(self):
@@ -5875,7 +5918,7 @@ class Application:
                     logger.setLevel(logging.DEBUG)
                 runner = CodexRunner(self.settings)
                 runner.open()
-                self.problems = Problems(self.settings, runner.finder)
+                self.problems = Problems(self.settings, runner.finder, runner.state)
                 self.runner = runner
 
     def admits(self, environ):
@@ -5892,7 +5935,7 @@ class Application:
         try:
             response = self._respond(request)
         except HTTPError as error:
-            self._warn_of_refused_secrets(error, environ)
+            self._warn_of(error, request)
             response = error.response()
         except (OSError, MemoryError) as error:
             logger.exception("%s %s failed", request.method, request.path)
@@ -5910,13 +5953,16 @@ class Application:
             response.body.close()
         return []
 
-    def _warn_of_refused_secrets(self, error, environ):
-        """One line a minute, lest who guesses fills the journal."""
+    def _warn_of(self, error, request):
+        """A line for what the engine could not do; and for who has no secret one a minute, lest who
+        guesses fills the journal."""
         now = time.monotonic()
-        if error.status == 401 and now >= self._next_warning:
+        if error.status >= 500 and self.settings and self.settings.secret:
+            logger.warning("%s %s: %s", request.method, request.path, error)
+        elif error.status == 401 and now >= self._next_warning:
             self._next_warning = now + WARNING_INTERVAL
             logger.warning("a request from %s was refused: %s; others within %d s are not logged "
-                           "like this", environ.get("REMOTE_ADDR") or "a Unix socket",
+                           "like this", request.environ.get("REMOTE_ADDR") or "a Unix socket",
                            error.body["error"], WARNING_INTERVAL)
 
     def _respond(self, request):
@@ -5986,7 +6032,7 @@ class Application:
             {option.key for option in TURN_OPTIONS} if not is_steered else set())
         names = [urllib.parse.quote(name[:64], safe="", errors="replace") or '""'
                  for name in sorted(unknown)[:20]]
-        return [("X-Replicas-Ignored-Keys", ", ".join(names))] if names else []
+        return [("X-Replicas-Ignored-Keys", ", ".join(names)[:1000])] if names else []
 
     @staticmethod
     def _message(body):
@@ -6898,15 +6944,14 @@ class WSGIRequestHandler:
         """Answer what isn't a request, and close the connection."""
         self.closing = True
         self.connection.send(refusal(error, is_head))
-        logger.log(logging.WARNING if error.status >= 500 else logging.INFO,
-                   "refused a request: %d %s, from %s", error.status, error,
-                   self.client or "a Unix socket")
+        logger.info("refused a request: %d %s, from %s", error.status, error,
+                    self.client or "a Unix socket")
 
     def log_request(self, environ, outcome):
         """One line a request; those of health checks only in development."""
         path = environ["PATH_INFO"]
-        level = (logging.WARNING if outcome[:1] == "5" else logging.INFO
-                 if path not in self.server.always or outcome != "200" else logging.DEBUG)
+        level = (logging.DEBUG if path in self.server.always and outcome == "200"
+                 else logging.INFO)
         log_request(level, "%s %s %s %.1f ms, from %s" % (
             environ["REQUEST_METHOD"], path if path.isprintable() else shown(path), outcome,
             (time.perf_counter() - self.begun_at) * 1000, self.client or "a Unix socket"))
@@ -7196,6 +7241,7 @@ def listen_problem(settings, error):
     is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES) and not path
     return problem("%s can't be used: %s" % (
         place if path else "%s, PORT=%d" % (place, settings.port), words_of(error)),
+        "try again" if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) else
         "set %s to another" % ("PORT" if is_taken else "HOST"))
 
 
@@ -7213,7 +7259,7 @@ def notify(message):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(NOTIFY_TIMEOUT)
             sock.connect("\0" + address[1:] if address.startswith("@") else address)
-            sock.sendall(message.encode())
+            sock.sendall(message.encode("utf-8", "replace"))
 
 
 def systemd_listeners():
@@ -7270,7 +7316,7 @@ def check_port(settings):
     address = systemd_address() if settings.is_service else None
     if address:
         return "systemd's socket is %s" % address_text(address), socket_problems(settings, address)
-    path, owner = unix_path(settings.host), StateDirectory(settings.state).owner()
+    path, in_use = unix_path(settings.host), StateDirectory(settings.state).is_in_use()
     place = settings.host if path else str(settings.port)
     try:
         for listener in listen(settings.host, settings.port):
@@ -7278,8 +7324,8 @@ def check_port(settings):
         if path:
             os.unlink(path)
         return "%s is free" % place, [problem(
-            "another engine, pid %d, works with REPLICAS_ENGINE_STATE=%s" % (owner, settings.state),
-            "stop it, or set another directory")] if owner else []
+            "another engine works with REPLICAS_ENGINE_STATE=%s" % settings.state,
+            "stop it, or set another directory")] if in_use else []
     except OSError as error:
         problems = [listen_problem(settings, error)]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) if path else (
@@ -7288,7 +7334,7 @@ def check_port(settings):
         if path:
             sock.connect(path)
         sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-        if owner and b"Server: replicas-engine" in sock.makefile("rb").read(4096):
+        if in_use and b"Server: replicas-engine" in sock.makefile("rb").read(4096):
             return "an engine answers on %s" % place, []
     return "", problems
 
@@ -7432,11 +7478,14 @@ def watch_problems(problems, stop):
     """The problems thread: one warning for each, when it comes up."""
     known = []
     while True:
-        problems.try_out()
-        known, before = problems.find(), known
-        for found in known:
-            if found not in before:
-                logger.warning("%s: %s", found["problem"], found["details"])
+        try:
+            problems.try_out()
+            known, before = problems.find(), known
+            for found in known:
+                if found not in before:
+                    logger.warning("%s: %s", found["problem"], found["details"])
+        except Exception as error:          # a minute later the machine may have what it takes
+            logger.warning("problems can't be looked for: %s", words_of(error))
         if stop.wait(PROBLEMS_INTERVAL):
             return
 

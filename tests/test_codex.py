@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -523,13 +522,16 @@ def test_check_misses_a_state_directory_that_can_be_made(ready, tmp_path):
     assert "set REPLICAS_ENGINE_STATE" in text
 
 
-def test_check_makes_the_state_directory_private(ready):
-    check(ready)
-    assert stat.S_IMODE(os.stat(ready.state).st_mode) == 0o700
+def test_check_makes_nothing(ready):
+    shutil.rmtree(ready.codex_home)
+    assert check(ready).status == 0
+    assert not os.path.exists(ready.state) and not os.path.exists(ready.codex_home)
 
 
 def test_check_misses_a_home_for_codex(ready):
-    assert "CODEX_HOME" in missing(ready, "codex home", CODEX_HOME="/proc/nowhere")
+    ready.env["CODEX_HOME"] = "/dev/null/x"
+    assert check(ready).lines["codex home"] == (
+        "MISSING", "CODEX_HOME=/dev/null/x: this is not a directory; set CODEX_HOME to one")
 
 
 def test_check_misses_a_free_port(ready):
@@ -556,6 +558,7 @@ def test_check_of_a_unix_socket(ready, tmp_path):
         result = check(ready)
         assert result.lines["port"] == ("ok", "unix:%s is free" % path)
         assert not os.path.exists(path)
+    os.makedirs(ready.state)
     with socket.socket(socket.AF_UNIX) as other, (
             open(os.path.join(ready.state, "lock"), "w")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)        # as the engine has it that answers

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import functools
+import json
 import os
 import re
 import signal
@@ -75,7 +75,7 @@ def test_check_finds_everything(complete):
     ({"CODEX_API_KEY": None}, "OPENAI_API_KEY"),
     ({"REPLICAS_ENGINE_SECRET": None}, "REPLICAS_ENGINE_SECRET"),
     ({"WORKSPACE_HOME": "/nowhere"}, "WORKSPACE_HOME"),
-    ({"REPLICAS_ENGINE_STATE": "/proc/nowhere"}, "REPLICAS_ENGINE_STATE"),
+    ({"REPLICAS_ENGINE_STATE": "/dev/null/nowhere"}, "REPLICAS_ENGINE_STATE"),
 ])
 def test_check_says_what_is_missing(complete, change, says):
     env = {name: value for name, value in dict(complete, **change).items() if value}
@@ -95,7 +95,9 @@ def shutil_which_codex(change):
 def test_check_takes_a_login_for_a_key(complete, tmp_path):
     login, env = tmp_path / ".codex" / "auth.json", dict(complete)
     del env["CODEX_API_KEY"]
-    for text, why in (("", "Expecting value"), ('{"tokens":null}', "no login"), ("\xff", "UTF-8")):
+    for text, why in (("", "Expecting value"), ('{"auth_mode":"apikey","last_refresh":"2026",'
+                                                '"OPENAI_API_KEY":null}', "no login"),
+                      ('{"tokens":null}', "no login"), ("\xff", "UTF-8")):
         login.write_text(text, "latin-1")
         status, output = check(env)
         assert status == 1 and re.search("MISSING key.*auth.json: .*%s" % why, output)
@@ -219,21 +221,29 @@ def test_problems_come_and_go_while_the_engine_runs(make_engine, tmp_path):
     assert problems() == [gone] and engine.log().count("No permissions") == 1
 
 
-@pytest.mark.parametrize("part, is_folder", [("", True), ("turns", True), ("lock", False)])
-def test_a_state_directory_that_is_no_longer_what_it_was(engine, part, is_folder):
-    """And the status, which says it, doesn't die of it."""
+@pytest.mark.parametrize("part", ["", "turns", "lock"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_state_directory_that_is_no_longer_what_it_was(make_engine, part, replaced):
+    """And the status, which says it, doesn't die of it; nor is it made anew behind our back."""
+    engine = make_engine(constants={"PROBLEMS_INTERVAL": 0.1})
     engine.send("hello")
     path = os.path.join(engine.state, part).rstrip("/")
     os.rename(path, path + ".old")
-    (open(path, "w").close if is_folder else functools.partial(os.mkdir, path))()
+    if replaced:
+        open(path, "w").close()
     status = engine.status()
-    assert path in " ".join(found["problem"] for found in status["problems"])
     assert status["turn"] is None or part == "lock"
     if part != "lock":
         answer = engine.get("/codex/turns")
-        assert answer.status == 503 and answer.json()["details"] == (
-            "%s/turns: Not a directory: see REPLICAS_ENGINE_STATE" % engine.state)
+        assert answer.status == 503 and answer.json()["details"] == "%s/turns: %s directory%s" % (
+            engine.state, "Not a" if replaced else "No such file or",
+            ": see REPLICAS_ENGINE_STATE")
         assert "Traceback" not in engine.log()
+    if part != "turns":                     # which the next turn makes anew
+        wait_for(lambda: " warning REPLICAS_ENGINE_STATE=%s: " % engine.state in engine.log())
+        assert [found["problem"].startswith("REPLICAS_ENGINE_STATE=")
+                for found in engine.status()["problems"]
+                if "key" not in found["problem"]] == [True]
 
 
 def test_a_state_directory_of_another_user(complete, monkeypatch):
@@ -241,15 +251,40 @@ def test_a_state_directory_of_another_user(complete, monkeypatch):
     os.makedirs(os.path.join(Settings(complete).state, "turns"))
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     (text, remedy), = find_problems(complete).items()
-    assert "is not the engine's" in text and remedy.startswith("sudo chown -R ")
+    assert "not all of it is the engine's" in text and remedy.startswith("sudo chown -R ")
 
 
-def test_a_program_that_is_no_codex(complete, tmp_path):
-    git = tmp_path / "git"
-    git.write_text("#!/bin/sh\necho git version 2.39.5\n")
-    git.chmod(0o755)
-    assert [*find_problems(dict(complete, CODEX_PATH=str(git)))] == [
-        "%s does not say its version" % git]
+def test_a_state_directory_by_the_name_of_lock(complete):
+    assert find_problems(dict(complete, REPLICAS_ENGINE_STATE=complete["HOME"] + "/block")) == {}
+    assert not os.path.exists(complete["HOME"] + "/block")      # whoever looks makes nothing
+
+
+@pytest.mark.parametrize("words, version", [
+    ("git version 2.39.5", None), ("Python 3.11.7", None), ("codex-cli 0.169.0", "0.169.0"),
+    ("Codex CLI v0.98.0", "0.98.0"), ("0.98.0-alpha.1", "0.98.0-alpha.1"),
+    ("warning: old\ncodex-cli 0.50.0", "0.50.0")])
+def test_a_program_that_is_no_codex(complete, tmp_path, words, version):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho '%s'\n" % words)
+    program.chmod(0o755)
+    settings = Settings(dict(complete, CODEX_PATH=str(program)))
+    finder = replicas_engine.CodexFinder(settings)
+    assert finder.version(finder.find()) == version
+    assert [*find_problems(settings.env)] == ([] if version else [
+        "%s does not say its version" % program])
+
+
+def test_a_codex_that_was_too_slow_to_say_its_version_is_asked_again(make_engine, tmp_path):
+    slow = tmp_path / "slow"
+    slow.touch()
+    codex = tmp_path / "codex"
+    codex.write_text("#!/bin/sh\n[ -e '%s' ] && exec sleep 60\necho codex-cli 0.98.0\n" % slow)
+    codex.chmod(0o755)
+    engine = make_engine(CODEX_PATH=str(codex), constants={
+        "PROBLEMS_INTERVAL": 0.1, "VERSION_PATIENCE": 0.3})
+    wait_for(lambda: "does not say its version" in engine.log())
+    slow.unlink()
+    wait_for(lambda: engine.status()["codex"]["version"] == "0.98.0")
 
 
 def test_a_file_system_without_a_size_is_not_full(complete):
@@ -304,7 +339,7 @@ def test_check_beside_a_running_engine(complete, engine):
     assert status == 1 and re.search("MISSING port: HOST=127.0.0.1, PORT=%s can't be used: Address "
                                      "already in use; set PORT to another" % port, output)
     status, output = check(dict(complete, REPLICAS_ENGINE_STATE=engine.state))
-    assert status == 1 and "pid %d, works with" % engine.process.pid in output
+    assert status == 1 and "another engine works with REPLICAS_ENGINE_STATE=" in output
 
 
 def test_a_port_in_use(make_engine, engine):
@@ -699,10 +734,15 @@ def test_the_status_line_tells_of_a_failure_until_a_turn_succeeds(make_engine, n
     engine.post("/codex/interrupt")
     engine.restart()
     comes("Idle; turn 3 failed: Codex does not say why")
+    engine.send(script({"thread": "new"}, {"line": json.dumps(
+        {"type": "turn.failed", "error": {"message": "half \ud83d"}})}))
+    comes("Idle; turn 5 failed: half ?")    # a lone surrogate, which UTF-8 does not have
+    engine.restart()
+    comes("Idle; turn 5 failed: half ?")
     engine.start_turn(script({"thread": "new"}, {"sleep": 60}))
     engine.kill()
     engine.start()
-    comes("Idle; turn 5 failed: The engine ended unexpectedly during the turn and was started "
+    comes("Idle; turn 6 failed: The engine ended unexpectedly during the turn and was started "
           "again")
     os.rename(engine.workspace, engine.workspace + ".gone")
     assert engine.post("/codex/send", {"message": "x"}).status == 503

@@ -390,8 +390,8 @@ def test_setup_applies_what_stands_in_the_settings(installed):
 
 
 def test_setup_restarts_a_service_that_cannot_write_its_directories(installed):
-    """Each was deleted and made again, one by --check: the service's own view of the files knows
-    but the first."""
+    """Each was deleted, and perhaps made again: the service's own view of the files knows but the
+    first.  While a turn runs nothing is restarted."""
     machine = installed
     machine.run("echo REPLICAS_ENGINE_STATE=/srv/state >>" + SETTINGS)
     machine.run("replicas-engine-setup --workspace /srv/work")
@@ -404,9 +404,10 @@ def test_setup_restarts_a_service_that_cannot_write_its_directories(installed):
             machine.run("mkdir {0}; chown ubuntu {0}".format(folder))
         done = machine.run("replicas-engine --check", check=False)
         assert done.returncode == 1
-        assert re.search("MISSING service: .*=%s: .*; sudo systemctl restart replicas-engine"
-                         % folder, done.stdout), done
-        machine.run("rm -r %s; replicas-engine-setup" % folder)
+        assert re.search("MISSING (service: .*%s: .*; sudo systemctl restart replicas-engine"
+                         "|state: .*%s: .*; sudo replicas-engine-setup)" % (folder, folder),
+                         done.stdout), done
+        machine.run("rm -rf %s; replicas-engine-setup" % folder)
         assert machine.pid() != pid
         machine.run("nsenter -t %d -m setpriv --reuid=ubuntu --clear-groups touch %s/x"
                     % (machine.pid(), folder))
@@ -420,30 +421,24 @@ def test_setup_restarts_a_service_that_cannot_write_its_directories(installed):
     assert "MISSING service" not in done.stdout, done
 
 
-def test_setup_refuses_a_directory_that_the_user_cannot_write(installed):
+def test_setup_names_what_mends_a_directory_that_the_user_cannot_write(installed):
     machine = installed
-    settings, pid = machine.read(SETTINGS), machine.pid()
-    machine.run("mkdir /home/ubuntu/w /srv/s; mkdir -m 700 /srv/closed")
-    for text, folder in [("WORKSPACE_HOME=/home/ubuntu/w\n", "/home/ubuntu/w"),
-                         ("CODEX_HOME=~/w\n", "/home/ubuntu/w"),
-                         ("REPLICAS_ENGINE_STATE=/srv/s\n", "/srv/s"),
-                         ("WORKSPACE_HOME=/srv/closed/a/b\n", "/srv/closed"),
-                         ("WORKSPACE_HOME=/srv/closed/c\nREPLICAS_ENGINE_SANDBOX=read-only\n",
-                          "/srv/closed")]:
+    settings = machine.read(SETTINGS)
+    machine.run("mkdir /home/ubuntu/w; mkdir -m 700 /srv/closed")
+    user = machine.out("id -u ubuntu")
+    for text, subject in [("WORKSPACE_HOME=/home/ubuntu/w\n", "workspace"),
+                          ("CODEX_HOME=~/w\n", "codex home")]:
         machine.write(SETTINGS, settings + text, 0o600)
-        before = machine.files()
-        done = machine.run("replicas-engine-setup", check=False)
-        assert done.returncode == 1 and "Nothing was changed." in done.stderr, done
-        assert "sudo chown ubuntu: " + folder in done.stderr, done
-        assert machine.files() == before and machine.pid() == pid
-    machine.write(SETTINGS, settings + "WORKSPACE_HOME=/home/ubuntu/w\n", 0o600)
-    machine.run("chown ubuntu: /home/ubuntu/w; replicas-engine-setup")
+        said = machine.run("replicas-engine-setup").stdout
+        assert re.search("MISSING %s: .*=/home/ubuntu/w: it can't be written; sudo chown %s "
+                         "/home/ubuntu/w, if" % (subject, user), said), said
+    machine.run("chown ubuntu: /home/ubuntu/w")
     checked = machine.run("replicas-engine --check", check=False).stdout
-    assert re.search("(?m)^ok +workspace: /home/ubuntu/w$", checked)
+    assert re.search("(?m)^ok +codex home: /home/ubuntu/w$", checked)
     # The agent isn't to write there: then nobody needs to.
-    machine.write(SETTINGS, settings + "WORKSPACE_HOME=/srv/s\nREPLICAS_ENGINE_SANDBOX=read-only\n",
+    machine.write(SETTINGS, settings + "WORKSPACE_HOME=/srv\nREPLICAS_ENGINE_SANDBOX=read-only\n",
                   0o600)
-    machine.run("replicas-engine-setup")
+    assert "MISSING workspace" not in machine.run("replicas-engine-setup").stdout
 
 
 def test_secret_is_known_as_systemd_reads_it(installed):
@@ -1066,6 +1061,24 @@ def test_nothing_gets_away_from_a_turns_control_group(with_codex):
         thread.join(harness.PATIENCE)
         machine.wait_for(lambda: machine.out(CGROUPS) == "")
     assert machine.out("pgrep -fc '^sleep 4000.1$'") == "1"
+
+
+def test_setup_ends_no_turn_to_mend_the_service(with_codex):
+    machine, folder = with_codex, "/srv/work"
+    machine.run("replicas-engine-setup --workspace " + folder)
+    curl = ("echo \"X-Replicas-Engine-Secret: $(replicas-engine-setup --print-secret)\" |"
+            " curl -sf -H @- -X POST http://127.0.0.1:3737/codex/")
+    machine.run(curl + "send -H 'Prefer: respond-async' -d '%s'" % json.dumps(
+        {"message": "model: run sleep 3579\nmodel: say never"}))
+    machine.wait_for(lambda: machine.run("pgrep -f '^sleep 3579'", check=False).returncode == 0)
+    pid = machine.pid()
+    machine.run("rm -r " + folder)
+    said = machine.run("replicas-engine-setup").stdout
+    assert re.search("MISSING service: as it runs: WORKSPACE_HOME=%s: .*; sudo systemctl restart "
+                     "replicas-engine" % folder, said) and machine.pid() == pid, said
+    machine.run(curl + "interrupt")
+    said = machine.run("replicas-engine-setup").stdout
+    assert "MISSING service" not in said and machine.pid() != pid, said
 
 
 def test_what_turns_leave_running(with_codex):
