@@ -30,13 +30,10 @@ KEY = "sk-stand-in"
 
 # name: directives, options
 SCENARIOS = {
-    "turn1": (["say a"], {}),
     "words": (["stream 3", "think so it is", "say Hello there, you", "run true", "say on"], {}),
-    "shell_exit3": (["run echo bad; exit 3", "say a"], {}),
-    "shell_slow": (["run sleep 0.4; echo 1; sleep 0.2; echo 2", "say a"], {}),
-    "two_shells_msgs": (["say a", "run echo 1", "say b", "run echo 2", "say c"], {}),
-    "shell_binary": ([r"run sleep 0.3; printf '\377\376 x\303'; sleep 0.2; printf '\251\200 y'",
-                      "say a"], {}),
+    "shells": (["say a", "run echo bad; exit 3", "say b", "run sleep 0.4; echo 1; sleep 0.2; echo 2",
+                r"run sleep 0.3; printf '\377\376 x\303'; sleep 0.2; printf '\251\200 y'", "say c"],
+               {}),
     "shell_danger-full-access": (["run echo x >f; cat f"], {"sandbox_mode": "danger-full-access"}),
     # Of a command that its sandbox refuses at once 0.169 tells nothing now and then, either way.
     "shell_default": (["run sleep 0.5; echo x >f"], {"sandbox_mode": "read-only"}),
@@ -155,7 +152,7 @@ class LiveTurn:
 
     def run(self, on_event=lambda turn, event: None):
         """Drive it to the process's end, and return the events."""
-        rest, seen = b"", 0
+        pieces, seen = [], 0                # of a line that isn't whole yet
         deadline = time.monotonic() + harness.PATIENCE
         try:
             with selectors.DefaultSelector() as selector:
@@ -171,7 +168,9 @@ class LiveTurn:
                         data = os.read(self.process.stdout.fileno(), 65536)
                         if not data:
                             break
-                        *lines, rest = (rest + data).split(b"\n")
+                        pieces.append(data)
+                        *lines, rest = b"".join(pieces).split(b"\n") if b"\n" in data else [None]
+                        pieces = pieces if rest is None else [rest]
                         for line in lines:
                             events, answer = self.driver.lines(line)
                             self.take(events)
