@@ -2,17 +2,11 @@
 
 The secret is in the variable SECRET; a message, as JSON, on standard input is sent with POST.
 Every event is a line of JSON, [id, type, data], as soon as the client has it; the last line is
-["end"].
+["end"].  Only the client itself is imported, which takes a while.
 """
-import asyncio
 import json
 import os
 import sys
-
-import aiohttp
-import httpx
-import httpx_sse
-import requests
 
 NAME, URL, LAST_ID = (sys.argv[1:] + [""])[:3]
 BODY = sys.stdin.buffer.read()
@@ -42,6 +36,7 @@ class Lines:
 
 
 def by_requests():
+    import requests
     lines = Lines()
     response = requests.request(METHOD, URL, headers=HEADERS, data=BODY, stream=True)
     for line in response.iter_lines():
@@ -50,6 +45,7 @@ def by_requests():
 
 def by_requests_text():
     """As clients of 0.1.0 do; lines end at U+2028 and the like, too, then."""
+    import requests
     lines = Lines()
     response = requests.request(METHOD, URL, headers=HEADERS, data=BODY, stream=True)
     for line in response.iter_lines(decode_unicode=True):
@@ -57,6 +53,8 @@ def by_requests_text():
 
 
 def by_httpx_sse():
+    import httpx
+    import httpx_sse
     timeout = httpx.Timeout(5, read=60)         # it would give up after 5 s without an event
     with httpx.Client(timeout=timeout) as client:
         with httpx_sse.connect_sse(client, METHOD, URL, headers=HEADERS, content=BODY) as source:
@@ -65,6 +63,9 @@ def by_httpx_sse():
 
 
 def by_aiohttp():
+    import asyncio
+    import aiohttp
+
     async def main():
         lines = Lines()
         # It would end a stream after 300 s, and refuse a line of more than 128 KiB.
@@ -88,6 +89,7 @@ def by_sseclient():
 
 def by_sseclient_py():
     sys.path.insert(0, os.path.join(sys.prefix, "sseclient-py"))    # it has the other one's name
+    import requests
     import sseclient
     response = requests.request(METHOD, URL, headers=HEADERS, data=BODY, stream=True)
     for event in sseclient.SSEClient(response).events():
