@@ -73,8 +73,8 @@ the answer: {METHOD: [STEP, ...]}; no steps, no answer. All steps of above may b
   {"answer_half": true}        its first half and no line feed
   {"answer_later": true}       after the next answer
 
-Calls are recorded in $CODEX_HOME/stand_in.log, a JSON object a line: at every start `argv`, `pid`,
-`cwd`, `env`, `umask`, `time`; when a prompt was read `pid` and `prompt` (above 10,000 characters
+Calls are recorded in $CODEX_HOME/stand_in.log, a JSON object a line: at every start `argv`, and but
+for --version `pid`, `cwd`, `env`, `umask`, `time`; when a prompt was read `pid` and `prompt` (above 10,000 characters
 `prompt_length` and `prompt_sha256` instead); what an app-server reads as `pid` and `read`.
 """
 import binascii
@@ -532,15 +532,11 @@ def main():
     home = os.environ.get("CODEX_HOME") or os.path.expanduser("~/.codex")
     if "CODEX_HOME" not in os.environ:
         os.makedirs(home, exist_ok=True)
-    elif not os.path.isdir(home) and sys.argv[1:] != ["--version"]:
+    elif not os.path.isdir(home):
         fail("Error: CODEX_HOME points to \"%s\", but that path does not exist" % home)
-    if os.path.isdir(home):
-        record_call(home)
+    record_call(home)
     version = (os.environ.get("STAND_IN_CODEX_VERSION")
                or read_text(os.path.join(home, "stand_in_version")) or "0.169.0").strip()
-    if sys.argv[1:] == ["--version"]:
-        write_all(1, ("codex-cli %s\n" % version).encode())
-        leave(0)
     if sys.argv[-1] == "app-server":
         from stand_in_app_server import AppServer       # which takes longer to import
         words = sys.argv[1:-1] + ["--json"]

@@ -33,8 +33,8 @@ class World:
 
     def start(self, arguments, live):
         env = {"CODEX_HOME": str(self.folder), "STAND_IN_CODEX_VERSION": self.version,
-               "PATH": os.environ["PATH"]}
-        return subprocess.Popen([sys.executable, *arguments], env=env, stdin=subprocess.PIPE,
+               "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+        return subprocess.Popen(arguments, env=env, stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
 
     def behave(self, **methods):

@@ -28,8 +28,9 @@ class Codex:
         self.home = home
 
     def start(self, *words, version="0.169.0"):
-        env = dict(os.environ, CODEX_HOME=str(self.home), STAND_IN_CODEX_VERSION=version)
-        return subprocess.Popen([sys.executable, str(STAND_IN), *words], env=env,
+        env = dict(os.environ, CODEX_HOME=str(self.home), STAND_IN_CODEX_VERSION=version,
+                   PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+        return subprocess.Popen([str(STAND_IN), *words], env=env,
                                 cwd=str(self.home), stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import stat
-import sys
 
 import pytest
 
@@ -575,8 +574,8 @@ def test_what_a_version_cannot_do_is_refused_before_anything_starts(
 
 def test_a_codex_that_does_not_say_its_version_is_taken_to_be_new(make_engine, tmp_path):
     shim = tmp_path / "codex"
-    shim.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 1\nexec %s %s \"$@\"\n"
-                    % (sys.executable, harness.STAND_IN_CODEX))
+    shim.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 1\nexec %s \"$@\"\n"
+                    % harness.STAND_IN_CODEX)
     shim.chmod(0o755)
     engine = make_engine(CODEX_PATH=str(shim))
     engine.send("hello", images=[data_url(PNG)])

@@ -1176,7 +1176,8 @@ class Crowd:
             self.open += 1
 
     def go_on(self):
-        """Send a byte each and see who was shut out."""
+        """Send a byte each, twenty a second, and see who was shut out."""
+        time.sleep(0.05)
         for client in self.dripping:
             with contextlib.suppress(OSError):
                 client.sock.send(bytes([next(client.left, 120)]))
