@@ -53,7 +53,7 @@ def client(keep):
             connection = None
         outcomes.append(outcome)
         longest[0] = max(longest[0], time.monotonic() - start)
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 threads = [threading.Thread(target=client, args=(n >= 6,)) for n in range(8)]
