@@ -132,6 +132,8 @@ def words_of(error):
         return os.strerror(errno.ENOMEM)
     if isinstance(error, UnicodeDecodeError):
         return "byte %d is not UTF-8" % error.start
+    if isinstance(error, (LookupError, TypeError, AttributeError)):     # a fault of ours
+        return "%s: %s" % (type(error).__name__, error)
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
     # What the ssl module and socket.create_server put around it
     return re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$| \(while attempting .*", "", words)
@@ -4266,8 +4268,7 @@ class Turn:
                                   "to a new one" % self.thread_id)
         except Exception as error:          # whatever it is, no reason to leave Codex running
             logger.exception("turn %d: the engine failed", self.id)
-            self.trouble = words_of(error) if isinstance(error, (OSError, MemoryError)) else (
-                "%s: %s" % (type(error).__name__, error))
+            self.trouble = words_of(error)
             self.stopper.order(self.run.processes)
             self.stopper.stopped.wait()
         finally:
@@ -4285,15 +4286,14 @@ class Turn:
         self.codex.version = self.runner.finder.version(self.codex)
         with explained("Codex's home can't be made", "see CODEX_HOME"):
             os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
-        advice = "see REPLICAS_ENGINE_STATE"
-        with explained("The turn's files can't be written", advice):
+        with explained("The turn's files can't be written", "see REPLICAS_ENGINE_STATE"):
             self.options.write_files(self.folder)
         mounts = [os.path.join(self.settings.workspace, name) for name in SANDBOX_MOUNTS]
         self.absent = [path for path in mounts if not os.path.lexists(path)]
         self.stopper.start()
         with explained("Codex can't be started", "see CODEX_PATH, and what its first line names"):
             self._launch(self.thread_id, self.options.is_live(version_numbers(self.codex.version)))
-        with explained("The turn's log can't be written", advice):
+        with explained("The turn's log can't be written", "see REPLICAS_ENGINE_STATE"):
             self.log = self.runner.create_log(self)
         if waited:                          # or a power cut would have it begun a second time
             self.log.sync()
@@ -4352,24 +4352,20 @@ class Turn:
     def _not_started(self, error):
         """Nothing was begun: clean up, and let whoever waits know why."""
         problem, waited = not_startable(error), self.ready.is_set()
-        why = "%s: %s" % (problem.body["error"], problem.body.get("details"))
-        if waited and not self.run and self.runner.put_back(self, problem, why):
+        if waited and not self.run and self.runner.put_back(self, problem):
             return
-        text = "%s could not be started: %s" % ("turn %d" % self.id if waited else "a turn", why)
-        if waited or problem.status >= 500:
-            logger.error("%s", text)
-            if not self.stop_code:
-                self.runner.last_failure = text
-        else:                               # for who sent it to mend
-            logger.info("%s", text)
+        why = "%s could not be started: %s" % ("turn %d" % self.id if waited else "a turn", problem)
+        is_ours = waited or problem.status >= 500       # not for who sent it to mend
+        logger.log(logging.ERROR if is_ours else logging.INFO, "%s", why)
+        if is_ours and not self.stop_code:
+            self.runner.last_failure = why
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
             if waited:                      # there is a log, which will say it
                 code = self.stop_code or "not_started"
-                if not self.stop_code:
-                    self.progress.terminal = "turn.failed"
+                self.progress.terminal = None if self.stop_code else "turn.failed"
                 stack.callback(self._release)
                 stack.callback(self.end_unstarted, STOP_MESSAGES.get(
-                    code, why[:MAX_FAILURE_MESSAGE]), code, self._release)
+                    code, str(problem)[:MAX_FAILURE_MESSAGE]), code, self._release)
             else:
                 self.problem = problem
                 stack.callback(self.be_over)
@@ -4501,10 +4497,9 @@ class Turn:
                 code, self.run, self.log.error, self.trouble)
             ending = failure(self.progress.complaint, code)
         failed = self.progress.terminal == "turn.failed" or bool(ending) and code != "interrupted"
-        if failed:
-            self.runner.last_failure = "turn %d failed: %s" % (self.id, self.progress.complaint)
-        elif self.progress.terminal:        # it succeeded
-            self.runner.last_failure = None
+        if failed or self.progress.terminal:    # else it was interrupted
+            self.runner.last_failure = failed and "turn %d failed: %s" % (
+                self.id, self.progress.complaint)
         self.runner.finish_log(self.log, ending, self._release_unless_codex_lives)
         logger.log(logging.WARNING if failed else logging.INFO,
                    "turn %d ended: %s, %d events, %.1f s%s", self.id,
@@ -4646,7 +4641,11 @@ class StateDirectory:
         return False
 
     def is_in_use(self):
-        """Whether an engine works with it."""
+        """Whether an engine works with it.
+
+        An engine that starts at this very moment finds the lock taken, and is started again: but
+        /proc/locks, which would not need it, doesn't know the files of some file systems (btrfs).
+        """
         with contextlib.suppress(OSError, ValueError), (
                 open_regular(os.path.join(self.path, "lock"))) as file:
             try:
@@ -4859,6 +4858,7 @@ class Conversation:
         self.reset_at = (0, None)           # (turn id, thread id): what the thread is up to a turn
         self.logs = {}                      # id -> TurnLog of the turns whose log isn't finished
         self.unfinished = {}                # id -> the ending that such a log could not take
+        self.last_failure = None            # why a turn failed, until one succeeds
         self._finishing = threading.Lock()  # one thread at a time tries again with those
         self.keys = {}                      # Idempotency-Key -> (turn id, body's fingerprint)
         self.steers = {}                    # Idempotency-Key -> Steer that isn't answered yet
@@ -5118,6 +5118,17 @@ class Conversation:
             raise unavailable("The ending of an earlier turn can't be written",
                               "GET /codex/status, or the engine's log, says why")
 
+    def recall_failure(self):
+        """For the status line: why a turn failed, if none has succeeded since."""
+        for turn_id in reversed(self.state.turn_ids()):
+            with contextlib.suppress(HTTPError, OSError, ValueError):
+                summary = turn_summary(TurnLog.open(self.state.turn_path(turn_id)))
+                if summary["status"] == "failed":
+                    self.last_failure = "turn %d failed: %s" % (turn_id,
+                                                                message_of(summary["error"]))
+                if summary["status"] in ("failed", "completed"):
+                    return
+
     def prune(self):
         """Delete what is no longer kept."""
         try:
@@ -5300,7 +5311,6 @@ class CodexRunner(Conversation):
         self.webhook = Webhook(self) if settings.webhook_url else None
         if self.webhook:
             self.wake_webhook = self.webhook.wake.set
-        self.last_failure = None            # why a turn failed, until one succeeds
         self._closed = threading.Event()
 
     # Starting with the process
@@ -5335,21 +5345,10 @@ class CodexRunner(Conversation):
             stack.callback(self.start_next)
             stack.callback(self.prune)
             stack.callback(self.recovered.set)
-            stack.callback(self._recall_failure)
+            stack.callback(self._tell)
+            stack.callback(self.recall_failure)
             for turn_log in reversed(broken):
                 stack.callback(self._end_broken, turn_log)
-
-    def _recall_failure(self):
-        """For the status line: why a turn failed, if none has succeeded since."""
-        for turn_id in reversed(self.state.turn_ids()):
-            with contextlib.suppress(HTTPError, OSError, ValueError):
-                summary = turn_summary(TurnLog.open(self.state.turn_path(turn_id)))
-                if summary["status"] == "failed":
-                    self.last_failure = "turn %d failed: %s" % (turn_id,
-                                                                message_of(summary["error"]))
-                    self._tell()
-                if summary["status"] in ("failed", "completed"):
-                    return
 
     def _end_broken(self, turn_log):
         """Stop what is left of a turn that was cut short, and give its log an ending."""
@@ -5611,14 +5610,14 @@ class CodexRunner(Conversation):
         self._tell()
         self.start_next()
 
-    def put_back(self, turn, problem, why):
+    def put_back(self, turn, problem):
         """Have a message wait on that could not be started, if that may pass; whether it does."""
         try:
-            return problem.status == 503 and self._put_back(turn, why)
+            return problem.status == 503 and self._put_back(turn, problem)
         except Exception:                   # whatever it is, nobody may wait for it for ever
             return self.current is not turn
 
-    def _put_back(self, turn, why):
+    def _put_back(self, turn, problem):
         """Unless it is to be stopped, or was tried for long enough."""
         turn.leave()
         now, steers = time.monotonic(), Steers(self.lock)
@@ -5634,7 +5633,7 @@ class CodexRunner(Conversation):
             turn.be_over()
         if is_first:
             logger.warning("turn %d can't be started; for %d s it is tried again: %s",
-                           turn.id, START_PATIENCE, why)
+                           turn.id, START_PATIENCE, problem)
         return True
 
     def release(self, turn):
@@ -5660,8 +5659,10 @@ class CodexRunner(Conversation):
 # Problems
 # ---------------------------------------------------------------------------------------------
 # Codex succeeds silently without its sandbox, and a turn without a key fails after half a minute:
-# so what can be known beforehand is looked at here, in one place, for the start, for --check and
-# for the status.
+# so what can be known beforehand is looked at here, in one place, for the log, for --check and for
+# the status.  Whoever looks changes nothing: a directory that is missing is made by who needs it.
+# What takes a process of its own, and seconds on a machine that is busy, is tried out by the thread
+# "problems" alone; everybody else takes what that has found.
 
 SETTINGS_FILE = "/etc/replicas-engine/settings.env"
 MIN_SECRET = 16                            # bytes
@@ -7407,7 +7408,7 @@ def status_line(app):
     try:
         app.runner.finder.find()
     except HTTPError as error:
-        failure = "%s: %s" % (error.body["error"], error.body["details"])
+        failure = str(error)
     return ("Running turn %d" % running if running else IDLE) + (
         "; " + failure if failure else "")
 

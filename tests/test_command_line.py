@@ -300,7 +300,8 @@ def test_a_file_system_without_a_size_is_not_full(complete):
     (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
      "Temporary failure in name resolution"),
     (MemoryError(), "Cannot allocate memory"), (ValueError("it is broken"), "it is broken"),
-    (socket.timeout("timed out"), "timed out"), (KeyError(), "KeyError"),
+    (socket.timeout("timed out"), "timed out"), (KeyError("x"), "KeyError: 'x'"),
+    (RuntimeError(), "RuntimeError"),
     (UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "invalid start byte"), "byte 2 is not UTF-8")])
 def test_errors_are_told_without_python(error, words):
     assert replicas_engine.words_of(error) == words
