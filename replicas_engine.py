@@ -5464,15 +5464,18 @@ class CodexRunner(Conversation):
         turn.start()
 
     def cancel(self, turn_id=None):
-        """Take that turn's message, or every one, out of the queue: how many that were."""
+        """Take that turn's message, or every one, out of the queue: how many that were.  Their
+        turns have an ending then, or a kill -9 could have the next engine start them."""
         self.recovered.wait()
         with self.lock:
             self._check_open()
-            turns, count = self._take_out(turn_id)
-        for turn in turns:
+            waiting, others = self._take_out(turn_id)
+        for turn in waiting:
             turn.end_unstarted()
         self.start_next()
-        return count
+        for turn in others:
+            turn.over.wait()
+        return len(waiting) + len(others)
 
     def interrupt(self):
         """Stop the turn in progress; its id when nothing of it is left, None if there was none.
@@ -5525,21 +5528,21 @@ class CodexRunner(Conversation):
         """Stop the turn in progress and wait for its end: the Turn, or None if there was none.  To
         `forget` is to empty the queue and leave the thread."""
         self.recovered.wait()
-        waiting = []
+        waiting = others = ()
         with self.lock:
             turn = self.current
             if forget:
                 self._check_open()
                 self._forget_thread()
-                waiting, _ = self._take_out()
+                waiting, others = self._take_out()
             if turn:
                 turn.stop_code = turn.stop_code or code
         if turn:
             turn.alarm.ring()
         for each in waiting:
             each.end_unstarted()
-        if turn:
-            turn.over.wait()
+        for each in (turn, *others) if turn else others:
+            each.over.wait()
         return turn
 
     # For whoever holds the lock
@@ -5556,18 +5559,18 @@ class CodexRunner(Conversation):
         return steer
 
     def _take_out(self, turn_id=None):
-        """Take a turn, or every one, out of the queue: those to be ended, and how many in all.  Who
-        writes one that isn't ready yet, or just starts one, ends it."""
+        """Take a turn, or every one, out of the queue: those to be ended, and the others, which
+        are ended by who is writing them, or just starts them."""
         turns = [turn for turn in (self.current, *self.queue.values())
                  if turn and turn_id in (None, turn.id) and not turn.stop_code
                  # of the one in progress the message waits until Codex gets it
                  and (turn is not self.current or turn.ready.is_set() and not turn.is_begun)]
-        ready = [turn for turn in turns if turn.ready.is_set() and turn is not self.current]
+        waiting = [turn for turn in turns if turn.ready.is_set() and turn is not self.current]
         for turn in turns:
             turn.stop_code = "cancelled"
-        for turn in ready:
+        for turn in waiting:
             del self.queue[turn.id]
-        return ready, len(turns)
+        return waiting, [turn for turn in turns if turn not in waiting]
 
     # For a turn's thread, as the turn goes on
 

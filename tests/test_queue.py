@@ -315,7 +315,8 @@ def test_one_that_is_stopped_while_it_starts(busy, monkeypatch, what, code, fail
     busy.kill()
     busy.gate.touch()
     runner, stopped = busy.runner(), []
-    stopper = threading.Thread(target=lambda: stopped.append(getattr(runner, what)()))
+    stopper = threading.Thread(target=lambda: stopped.append(
+        (getattr(runner, what)(), runner.turn_log(2).finished)))    # or kill -9 could undo it
 
     def prepare(options):
         stopper.start()
@@ -327,7 +328,7 @@ def test_one_that_is_stopped_while_it_starts(busy, monkeypatch, what, code, fail
     runner.open()
     wait_for(lambda: stopped)
     wait_for(lambda: not runner.running())
-    assert stopped == [1 if what == "cancel" else 2]
+    assert stopped == [(1 if what == "cancel" else 2, True)]
     assert not fails or "turn 1" in runner.last_failure
     runner.close()
     busy.start()
