@@ -4635,10 +4635,13 @@ class StateDirectory:
 
     def is_ours(self):
         """Whether it is still the directory that was opened."""
-        with contextlib.suppress(OSError):
+        try:
             return os.path.samestat(os.stat(os.path.join(self.path, "lock")),
                                     os.fstat(self._lock_file.fileno()))
-        return False
+        except ValueError:                  # the engine ends, and has closed it
+            return True
+        except OSError:
+            return False
 
     def is_in_use(self):
         """Whether an engine works with it.

@@ -246,6 +246,16 @@ def test_a_state_directory_that_is_no_longer_what_it_was(make_engine, part, repl
                 if "key" not in found["problem"]] == [True]
 
 
+def test_a_state_directory_that_is_closed(make_engine):
+    """Requests are answered to the very end, and the status is one."""
+    runner = make_engine(start=False).runner()
+    runner.open()
+    problems = Problems(runner.settings, runner.finder, runner.state)
+    before = problems.find()
+    runner.close()
+    assert problems.find() == before and "STATE" not in str(before)
+
+
 def test_a_state_directory_of_another_user(complete, monkeypatch):
     """An engine could not start on it: it makes it its own alone (chmod(2))."""
     os.makedirs(os.path.join(Settings(complete).state, "turns"))

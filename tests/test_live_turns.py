@@ -146,7 +146,7 @@ def test_a_turn_that_ends_by_itself_while_it_is_interrupted(engine, tmp_path):
     assert engine.post("/codex/interrupt").json() == {
         "success": True, "interrupted": False, "turn_id": None}
     assert engine.events(turn)[-2].type == "turn.completed"
-    assert not any(is_alive(call["pid"]) for call in engine._stand_in_log() if "argv" in call)
+    assert not any(is_alive(call["pid"]) for call in engine._stand_in_log() if "pid" in call)
     assert engine.send("And on", deltas=True)[-2].type == "turn.completed"
 
 

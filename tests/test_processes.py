@@ -371,7 +371,7 @@ def test_a_bystander_that_an_earlier_turn_left_forks_while_another_is_stopped(en
     wait_for(lambda: sleepers(other))
     os.kill(pid, signal.SIGUSR1)
     wait_for(lambda: not is_alive(pid))
-    server, = sleepers(number)
+    server, = wait_for(lambda: sleepers(number))        # it was forked, and is yet to be what it is
     engine.post("/codex/interrupt")
     assert not running(other)
     assert sleepers(number) == [server]
