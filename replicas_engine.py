@@ -4546,6 +4546,7 @@ class Turn:
 MAX_KEPT_TURNS = 100
 MAX_KEPT_BYTES = 256 * 1024 * 1024
 SYNC_INTERVAL = 1.0                        # seconds that a power cut may take of a turn's events
+LOCK_PATIENCE = 1.0                        # seconds that an engine which was killed may go on
 MAX_ID_GAP = 10 ** 9                       # no engine leaves more turns out; a forged log may
 ALIEN = (errno.EISDIR, errno.ENXIO, errno.ELOOP)        # a folder, a socket, a link to itself
 
@@ -4614,8 +4615,12 @@ class StateDirectory:
         lock = os.path.join(self.path, "lock")
         make_way(lock)
         self._lock_file = open(lock, "ab")
+        deadline = time.monotonic() + LOCK_PATIENCE
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not self._lock():
+                if time.monotonic() > deadline:
+                    raise BlockingIOError
+                time.sleep(0.01)
             make_folder(self.turns)
         except BlockingIOError:
             owner = flock_owner(self._lock_file)
@@ -4628,6 +4633,14 @@ class StateDirectory:
         for name in list_folder(self.turns):
             if name.endswith(".files"):
                 delete_folder(os.path.join(self.turns, name))
+
+    def _lock(self):
+        """Whether the lock is ours now.  A child that an engine had just forked when it was killed
+        holds it until it is another program."""
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
 
     def close(self):
         """Let another engine have the directory."""

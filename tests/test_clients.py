@@ -33,6 +33,9 @@ RECONNECTING = ["eventsource", "fetch_event_source", "sseclient"]   # by themsel
 def npm_package(name):
     if not os.path.isdir(os.path.join(PACKAGES, name)) or not shutil.which("node"):
         unavailable("npm's packages are not in .cache/npm, or there is no node: see tests/run")
+    version = subprocess.run(["node", "--version"], stdout=subprocess.PIPE).stdout.decode()
+    if int(version[1:].partition(".")[0]) < 18:
+        pytest.skip("Node %s is older than these clients" % version.strip())
 
 
 @functools.lru_cache(maxsize=None)

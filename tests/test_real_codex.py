@@ -421,8 +421,9 @@ def test_a_thread_that_was_archived_goes_on_when_it_is_unarchived(real):
         pytest.skip("an older Codex")
 
     def codex(command):
-        thread_id = real.engine.status()["thread_id"]
-        subprocess.run([real.engine.env["CODEX_PATH"], command, thread_id], env=real.engine.env,
+        status = real.engine.status()
+        thread_id = status["thread_id"]
+        subprocess.run([status["codex"]["path"], command, thread_id], env=real.engine.env,
                        stdin=subprocess.DEVNULL, check=True)
         return thread_id
 

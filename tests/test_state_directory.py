@@ -1,9 +1,11 @@
 """The state directory, broken or hostile: whatever lies in it costs only itself."""
 
+import fcntl
 import json
 import os
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
@@ -292,3 +294,22 @@ def test_pruned_while_it_is_read(make_engine, tmp_path):
         connection.close()
     assert statuses <= {200, 404} and 404 in statuses
     assert "Traceback" not in engine.log()
+
+
+def test_the_lock_is_held_for_a_moment_by_a_child_of_an_engine_that_was_killed(
+        tmp_path, monkeypatch):
+    """It was just forked, and has yet to become another program."""
+    monkeypatch.setattr(replicas_engine, "LOCK_PATIENCE", harness.PATIENCE)
+    state, tries = replicas_engine.StateDirectory(str(tmp_path)), threading.Event()
+    lock = replicas_engine.StateDirectory._lock
+    monkeypatch.setattr(replicas_engine.StateDirectory, "_lock",
+                        lambda self: (lock(self), tries.set())[0])
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        opener = threading.Thread(target=state.open)
+        opener.start()
+        assert tries.wait(harness.PATIENCE)
+    opener.join()
+    assert state.is_in_use() and state.is_ours()
+    state.close()
+    assert not state.is_in_use()
