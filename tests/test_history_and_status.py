@@ -124,6 +124,7 @@ def test_polling_while_a_turn_runs_gives_each_line_once(engine):
         steps += [{"rollout_line": "broken %d" % n}, {"sleep": 0.002}] if n % 3 == 0 else []
     engine.start_turn(script(*steps, {"complete": True}))
     wait_for(lambda: os.path.exists(os.path.join(engine.folder, "begun")))
+    wait_for(lambda: engine.status()["thread_id"])
     events, cursor, polls, is_over = [], None, 0, False
     while True:
         limit = ("", "limit=3")[polls % 2]
