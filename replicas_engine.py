@@ -1128,6 +1128,8 @@ STOP_MESSAGES = {
     "shutdown": "The engine was shut down during the turn",
     "engine_restarted": "The engine ended unexpectedly during the turn and was started again",
 }
+NO_FAILURES = ("interrupted", "cancelled")  # what somebody wanted
+NO_REASON = "Codex does not say why"        # where its turn.failed has no message
 
 
 class NoSuchTurn(HTTPError):
@@ -4073,7 +4075,7 @@ class Progress:
         """`turn.completed` or `turn.failed`: the last event that counts."""
         self.terminal = event["type"]
         if self.terminal == "turn.failed":
-            self.complaint = message_of(event.get("error")) or "Codex does not say why"
+            self.complaint = message_of(event.get("error")) or NO_REASON
         self.ended_at = time.monotonic()
 
     def deadlines(self, run, is_unwanted, holding):
@@ -4236,9 +4238,11 @@ class Turn:
                       before_publishing=lambda: None):
         """End it without a run of Codex: it has only waited.  Without its message it never runs,
         should the disk not take the ending."""
-        self.runner.state.delete_message(self.id)
-        self.runner.finish_log(self.log, failure(message, code), before_publishing)
-        self.be_over()
+        try:
+            self.runner.state.delete_message(self.id)
+            self.runner.finish_log(self.log, failure(message, code), before_publishing)
+        finally:
+            self.be_over()
 
     def log_once_started(self):
         """Its log, once Codex was started or the message waits.  Raises HTTPError."""
@@ -4354,15 +4358,11 @@ class Turn:
         problem, waited = not_startable(error), self.ready.is_set()
         if waited and not self.run and self.runner.put_back(self, problem):
             return
-        why = "%s could not be started: %s" % ("turn %d" % self.id if waited else "a turn", problem)
-        is_ours = waited or problem.status >= 500       # not for who sent it to mend
-        logger.log(logging.ERROR if is_ours else logging.INFO, "%s", why)
-        if is_ours and not self.stop_code:
-            self.runner.last_failure = why
+        self.runner.could_not_start(self, problem, waited)
         with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
             if waited:                      # there is a log, which will say it
                 code = self.stop_code or "not_started"
-                self.progress.terminal = None if self.stop_code else "turn.failed"
+                self.progress.terminal = "turn.failed" if code == "not_started" else None
                 stack.callback(self._release)
                 stack.callback(self.end_unstarted, STOP_MESSAGES.get(
                     code, str(problem)[:MAX_FAILURE_MESSAGE]), code, self._release)
@@ -4496,10 +4496,10 @@ class Turn:
             self.progress.complaint = self.progress.why_it_failed(
                 code, self.run, self.log.error, self.trouble)
             ending = failure(self.progress.complaint, code)
-        failed = self.progress.terminal == "turn.failed" or bool(ending) and code != "interrupted"
+        failed = self.progress.terminal == "turn.failed" or bool(ending) and code not in NO_FAILURES
         if failed or self.progress.terminal:    # else it was interrupted
-            self.runner.last_failure = failed and "turn %d failed: %s" % (
-                self.id, self.progress.complaint)
+            self.runner.last_failure = "turn %d failed: %s" % (
+                self.id, self.progress.complaint) if failed else None
         self.runner.finish_log(self.log, ending, self._release_unless_codex_lives)
         logger.log(logging.WARNING if failed else logging.INFO,
                    "turn %d ended: %s, %d events, %.1f s%s", self.id,
@@ -4651,16 +4651,16 @@ class StateDirectory:
         try:
             return os.path.samestat(os.stat(os.path.join(self.path, "lock")),
                                     os.fstat(self._lock_file.fileno()))
-        except ValueError:                  # the engine ends, and has closed it
-            return True
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except (OSError, ValueError):       # who knows; or the engine ends, and has closed it
+            return True
 
     def is_in_use(self):
         """Whether an engine works with it.
 
-        An engine that starts at this very moment finds the lock taken, and is started again: but
-        /proc/locks, which would not need it, doesn't know the files of some file systems (btrfs).
+        For a moment it holds the lock, and an engine that starts then waits: but /proc/locks, which
+        would not need that, doesn't know the files of some file systems (btrfs).
         """
         with contextlib.suppress(OSError, ValueError), (
                 open_regular(os.path.join(self.path, "lock"))) as file:
@@ -5134,16 +5134,28 @@ class Conversation:
             raise unavailable("The ending of an earlier turn can't be written",
                               "GET /codex/status, or the engine's log, says why")
 
+    def could_not_start(self, turn, problem, waited):
+        """Say so; and keep it as a failure, unless who sent the message has to mend it, or somebody
+        wanted the turn to end."""
+        why = "%s could not be started: %s" % ("turn %d" % turn.id if waited else "a turn", problem)
+        is_ours = waited or problem.status >= 500
+        logger.log(logging.ERROR if is_ours else logging.INFO, "%s", why)
+        if is_ours and not turn.stop_code:
+            self.last_failure = why
+
     def recall_failure(self):
         """For the status line: why a turn failed, if none has succeeded since."""
-        for turn_id in reversed(self.state.turn_ids()):
-            with contextlib.suppress(HTTPError, OSError, ValueError):
-                summary = turn_summary(TurnLog.open(self.state.turn_path(turn_id)))
-                if summary["status"] == "failed":
-                    self.last_failure = "turn %d failed: %s" % (turn_id,
-                                                                message_of(summary["error"]))
-                if summary["status"] in ("failed", "completed"):
-                    return
+        with contextlib.suppress(OSError):
+            for turn_id in reversed(self.state.turn_ids()):
+                with contextlib.suppress(HTTPError, OSError, ValueError):
+                    summary = turn_summary(TurnLog.open(self.state.turn_path(turn_id)))
+                    error = summary["error"]
+                    if summary["status"] == "failed" and not (
+                            isinstance(error, dict) and error.get("code") in NO_FAILURES):
+                        self.last_failure = "turn %d failed: %s" % (
+                            turn_id, message_of(error) or NO_REASON)
+                    if summary["status"] == "completed" or self.last_failure:
+                        return
 
     def prune(self):
         """Delete what is no longer kept."""
@@ -5485,13 +5497,13 @@ class CodexRunner(Conversation):
         self.recovered.wait()
         with self.lock:
             self._check_open()
-            waiting, others = self._take_out(turn_id)
+            waiting, others, count = self._take_out(turn_id)
         for turn in waiting:
             turn.end_unstarted()
         self.start_next()
         for turn in others:
             turn.over.wait()
-        return len(waiting) + len(others)
+        return count
 
     def interrupt(self):
         """Stop the turn in progress; its id when nothing of it is left, None if there was none.
@@ -5550,7 +5562,7 @@ class CodexRunner(Conversation):
             if forget:
                 self._check_open()
                 self._forget_thread()
-                waiting, others = self._take_out()
+                waiting, others, _ = self._take_out()
             if turn:
                 turn.stop_code = turn.stop_code or code
         if turn:
@@ -5575,18 +5587,19 @@ class CodexRunner(Conversation):
         return steer
 
     def _take_out(self, turn_id=None):
-        """Take a turn, or every one, out of the queue: those to be ended, and the others, which
-        are ended by who is writing them, or just starts them."""
+        """Take a turn, or every one, out of the queue: those to be ended; the others, which are
+        ended by who is writing them, or just starts them; and how many were not taken before."""
         turns = [turn for turn in (self.current, *self.queue.values())
-                 if turn and turn_id in (None, turn.id) and not turn.stop_code
+                 if turn and turn_id in (None, turn.id) and turn.stop_code in (None, "cancelled")
                  # of the one in progress the message waits until Codex gets it
                  and (turn is not self.current or turn.ready.is_set() and not turn.is_begun)]
+        count = sum(turn.stop_code is None for turn in turns)
         waiting = [turn for turn in turns if turn.ready.is_set() and turn is not self.current]
         for turn in turns:
             turn.stop_code = "cancelled"
         for turn in waiting:
             del self.queue[turn.id]
-        return waiting, [turn for turn in turns if turn not in waiting]
+        return waiting, [turn for turn in turns if turn not in waiting], count
 
     # For a turn's thread, as the turn goes on
 
@@ -5691,28 +5704,40 @@ BWRAP_TRIAL = "bwrap --unshare-user --unshare-net --ro-bind / / --dev /dev true"
 TRIAL_PATIENCE = 5.0                       # seconds
 
 
-def try_sandbox():
-    """Why what Codex's sandbox is made of can't be had here, or None."""
+def try_sandbox(before=None):
+    """Why what Codex's sandbox is made of can't be had here, or None; where it can't be found out
+    now, what was so `before`."""
     try:
         child = start_process(BWRAP_TRIAL if shutil.which("bwrap") else SANDBOX_TRIAL,
                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE)
     except OSError:
-        return None                         # there is no such program: who knows
+        return before                       # there is no such program, or no room for it
     with child:
         try:
             said = child.communicate(timeout=TRIAL_PATIENCE)[1].decode("utf-8", "replace").strip()
         except subprocess.TimeoutExpired:
             child.kill()
-            return None
+            return before
     if child.returncode in (0, -signal.SIGKILL):        # we killed it: the engine ends
-        return None
+        return before if child.returncode else None
     return said or "status %d" % child.returncode
 
 
 def is_below(path, folder):
     """Whether a path lies in a folder, links followed."""
     return (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep)
+
+
+def is_missing(path):
+    """Whether nothing is there; False also if that can't be said."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def is_full(folder):
@@ -5745,7 +5770,7 @@ class Problems:
         """Start what has to be started to know more; it may take seconds."""
         self.finder.ask_again()
         if self.settings.sandbox != "danger-full-access":
-            self.sandbox_error = try_sandbox()
+            self.sandbox_error = try_sandbox(self.sandbox_error)
 
     def find(self):
         """The problems that there are: [{"problem": what, "details": what to do}].
@@ -5810,14 +5835,14 @@ class Problems:
     def _look_at_folder(self, path, name, is_written=True, is_made=False):
         """A directory that has to be there, or `is_made` when it is needed; and mostly written."""
         temporary, there = self.settings.inherited.get("TMPDIR") or "/tmp", path
-        while is_made and not os.path.lexists(there):
+        while is_made and is_missing(there):
             there = os.path.dirname(there)
         remedy = self.settings.remedy("make it, or set %s" % name)
         try:
             is_folder = stat.S_ISDIR(os.stat(there).st_mode)
             is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
         except OSError as error:
-            what = words_of(error)
+            what, remedy = words_of(error), REMEDIES.get(error.errno, remedy)
         else:
             if not is_folder:
                 what, remedy = "this is not a directory", "set %s to one" % name
@@ -5825,7 +5850,8 @@ class Problems:
                 what = "it can't be " + ("written" if there == path else "made in " + there)
                 if not is_read_only:        # as what a service's unit doesn't let it write is
                     remedy = ("sudo chown %d %s, if it is to be the engine's user's; else set %s"
-                              % (os.geteuid(), there, name))
+                              if there == path else "sudo install -d -m 700 -o %d %s, or set %s"
+                              ) % (os.geteuid(), path, name)
             elif is_written and is_full(there):
                 what, remedy = "the disk is full", "make room"
             elif name != "WORKSPACE_HOME" and is_below(path, temporary):
@@ -5851,7 +5877,7 @@ class Problems:
                 if os.geteuid() not in (0, os.stat(part).st_uid) or not os.access(
                         part, os.R_OK | os.W_OK | os.X_OK * os.path.isdir(part)):
                     problems = [problem("%s=%s: not all of it is the engine's" % (name, path),
-                                        "sudo chown -R {0} {1} && sudo chmod -R u+rwX {1}".format(
+                                        "sudo chown -R {0} {1}/ && sudo chmod -R u+rwX {1}/".format(
                                             os.geteuid(), path))]
         return path, problems
 
@@ -5977,7 +6003,7 @@ class Application:
         """A line for what the engine could not do; and for who has no secret one a minute, lest who
         guesses fills the journal."""
         now = time.monotonic()
-        if error.status >= 500 and self.settings and self.settings.secret:
+        if error.status in (500, 507) and self.settings and self.settings.secret:
             logger.warning("%s %s: %s", request.method, request.path, error)
         elif error.status == 401 and now >= self._next_warning:
             self._next_warning = now + WARNING_INTERVAL

@@ -245,6 +245,28 @@ def test_a_state_directory_that_is_no_longer_what_it_was(make_engine, part, repl
                    for found in engine.status()["problems"]) == 1
 
 
+def test_directories_that_cannot_be_made_or_entered(complete, monkeypatch):
+    """The remedy is never to give away what is above them; and what is there isn't taken for
+    missing."""
+    access, lstat, state = os.access, os.lstat, complete["HOME"] + "/closed/state"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/" and access(path, mode))
+    (text, remedy), = find_problems(dict(complete, REPLICAS_ENGINE_STATE="/nowhere/state")).items()
+    assert text == "REPLICAS_ENGINE_STATE=/nowhere/state: it can't be made in /"
+    assert remedy == "sudo install -d -m 700 -o %d /nowhere/state, or set REPLICAS_ENGINE_STATE" % (
+        os.geteuid())
+
+    def closed(look):
+        def look_into(path, **options):
+            if path == state:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return look(path, **options)
+        return look_into
+    monkeypatch.setattr(os, "lstat", closed(lstat))
+    monkeypatch.setattr(os, "stat", closed(os.stat))
+    assert find_problems(dict(complete, REPLICAS_ENGINE_STATE=state)) == {
+        "REPLICAS_ENGINE_STATE=%s: Permission denied" % state: "let the engine's user in"}
+
+
 def test_a_state_directory_that_is_closed(make_engine):
     """Requests are answered to the very end, and the status is one."""
     runner = make_engine(start=False).runner()

@@ -424,8 +424,13 @@ def test_setup_restarts_a_service_that_cannot_write_its_directories(installed):
 def test_setup_names_what_mends_a_directory_that_the_user_cannot_write(installed):
     machine = installed
     settings = machine.read(SETTINGS)
-    machine.run("mkdir /home/ubuntu/w; mkdir -m 700 /srv/closed")
-    user = machine.out("id -u ubuntu")
+    machine.run("mkdir /home/ubuntu/w /srv/s")
+    user, pid = machine.out("id -u ubuntu"), machine.pid()
+    # On this one the engine would not start.
+    machine.write(SETTINGS, settings + "REPLICAS_ENGINE_STATE=/srv/s\n", 0o600)
+    done = machine.run("replicas-engine-setup", check=False)
+    assert done.returncode == 1 and "sudo chown -R ubuntu /srv/s/" in done.stderr, done
+    assert machine.pid() == pid
     for text, subject in [("WORKSPACE_HOME=/home/ubuntu/w\n", "workspace"),
                           ("CODEX_HOME=~/w\n", "codex home")]:
         machine.write(SETTINGS, settings + text, 0o600)

@@ -329,6 +329,7 @@ def test_one_that_is_stopped_while_it_starts(busy, monkeypatch, what, code, fail
     wait_for(lambda: stopped)
     wait_for(lambda: not runner.running())
     assert stopped == [(1 if what == "cancel" else 2, True)]
+    assert "turn 2" not in runner.last_failure      # it was wanted
     assert not fails or "turn 1" in runner.last_failure
     runner.close()
     busy.start()
