@@ -126,6 +126,9 @@ def timestamp(seconds=None):
     return timestamp_of(int((time.time() if seconds is None else seconds) * 1000))
 
 
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)     # the machine's, which pass
+
+
 def words_of(error):
     """What an exception says, for somebody who doesn't know Python."""
     if isinstance(error, MemoryError):
@@ -233,6 +236,14 @@ def open_regular(path, buffering=-1):
             raise ValueError("%s is not a regular file" % path)
         stack.pop_all()
     return file
+
+
+def try_flock(file, operation):
+    """Whether the lock of an open file, flock(2), is ours now."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def flock_owner(file):
@@ -921,8 +932,7 @@ def not_startable(error):
 REMEDIES = {                               # of an OSError's number; others depend on the case
     errno.ENOSPC: "make room there", errno.EDQUOT: "make room there",
     errno.EACCES: "let the engine's user in", errno.EPERM: "let the engine's user in",
-    errno.EROFS: "let the engine's user write there",
-    errno.EMFILE: "try again", errno.ENFILE: "try again", errno.ENOMEM: "try again"}
+    errno.EROFS: "let the engine's user write there", **dict.fromkeys(SHORTAGES, "try again")}
 
 
 def explanation(error, advice):
@@ -2450,8 +2460,7 @@ def decompressed(path, packed):
 ROLLOUT_PROBLEMS = {                       # an error's number: status, what to do
     errno.ENOSPC: (507, "make room where CODEX_HOME lies: a compressed rollout is unpacked there"),
     errno.EDQUOT: (507, "make room where CODEX_HOME lies: a compressed rollout is unpacked there"),
-    errno.EMFILE: (503, "try again"), errno.ENFILE: (503, "try again"),
-    errno.ENOMEM: (503, "try again")}
+    **dict.fromkeys(SHORTAGES, (503, "try again"))}
 
 
 @contextlib.contextmanager
@@ -2959,8 +2968,7 @@ class CodexFinder:
     def version(self, codex):
         """What `codex --version` says, such as "0.169.0", or None if it doesn't."""
         try:
-            file = os.stat(codex.program)
-            identity = (codex.program, file.st_ino, file.st_size, file.st_mtime_ns)
+            identity = self._identity(codex)
             with self._asking:
                 if self._version[0] != identity:    # None is remembered: it may have cost seconds
                     self._version = (identity, self._ask_version(codex))
@@ -2972,12 +2980,19 @@ class CodexFinder:
         """Ask a Codex that didn't say its version: the machine may have been busy.  Whoever needs
         the version meanwhile does not wait."""
         with contextlib.suppress(HTTPError, OSError):
-            codex, (identity, version) = self.find(), self._version
-            if identity and version is None:
+            codex = self.find()
+            unsaid = (self._identity(codex), None)
+            if self._version == unsaid:
                 version = self._ask_version(codex)
                 with self._asking:
-                    if self._version[0] == identity:
-                        self._version = (identity, version)
+                    if self._version == unsaid:
+                        self._version = (unsaid[0], version)
+
+    @staticmethod
+    def _identity(codex):
+        """What tells a Codex from an upgraded one.  Raises OSError."""
+        file = os.stat(codex.program)
+        return codex.program, file.st_ino, file.st_size, file.st_mtime_ns
 
     def _ask_version(self, codex):
         """Run `codex --version`: what it says, or None."""
@@ -4209,7 +4224,7 @@ class Turn:
         self.problem = None
         self.log = log
         self.stop_code = None               # why it is being stopped; the runner's lock guards this
-        self.is_begun = False               # Codex may have the prompt; and so does it this
+        self.is_begun = False               # Codex may have the prompt; guarded likewise
         self.alarm = Alarm()                # rung when there is something to look at
         self.steers = Steers(runner.lock)
         # Its own thread's
@@ -4607,40 +4622,46 @@ class StateDirectory:
         self.path = path
         self.turns = os.path.join(path, "turns")
         self._lock_file = None
+        self._taking = threading.Lock()     # one thread at a time takes it
 
     def open(self):
         """Make it, and keep every other engine out of it.  Raises OSError and StateInUse."""
-        os.makedirs(self.path, mode=0o700, exist_ok=True)
-        os.chmod(self.path, 0o700)
-        lock = os.path.join(self.path, "lock")
-        make_way(lock)
-        self._lock_file = open(lock, "ab")
-        deadline = time.monotonic() + LOCK_PATIENCE
-        try:
-            while not self._lock():
-                if time.monotonic() > deadline:
-                    raise BlockingIOError
-                time.sleep(0.01)
-            make_folder(self.turns)
-        except BlockingIOError:
-            owner = flock_owner(self._lock_file)
-            self.close()
-            raise StateInUse("another engine is running with the state directory %s%s" % (
-                self.path, owner and ", pid %d" % owner or "")) from None
-        except BaseException:
-            self.close()
-            raise
+        self._take()
         for name in list_folder(self.turns):
             if name.endswith(".files"):
                 delete_folder(os.path.join(self.turns, name))
 
-    def _lock(self):
-        """Whether the lock is ours now.  A child that an engine had just forked when it was killed
-        holds it until it is another program."""
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        return False
+    def _take(self):
+        """Have the directory there, and its lock.  Raises OSError and StateInUse."""
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
+        os.chmod(self.path, 0o700)
+        lock = os.path.join(self.path, "lock")
+        make_way(lock)
+        file, deadline = open(lock, "ab"), time.monotonic() + LOCK_PATIENCE
+        try:
+            # A child that an engine had just forked when it was killed holds the lock until it is
+            # another program.
+            while not try_flock(file, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    owner = flock_owner(file)
+                    raise StateInUse("another engine is running with the state directory %s%s" % (
+                        self.path, owner and ", pid %d" % owner or ""))
+                time.sleep(0.01)
+            make_folder(self.turns)
+        except BaseException:
+            file.close()
+            raise
+        file, self._lock_file = self._lock_file, file
+        if file:
+            file.close()
+
+    def _make_turns(self):
+        """Have the folder of turns there; where somebody has deleted the directory, with a lock, or
+        another engine could work with it.  Raises OSError and StateInUse."""
+        with self._taking:
+            if not self.is_ours():
+                self._take()
+        make_folder(self.turns)
 
     def close(self):
         """Let another engine have the directory."""
@@ -4664,10 +4685,7 @@ class StateDirectory:
         """
         with contextlib.suppress(OSError, ValueError), (
                 open_regular(os.path.join(self.path, "lock"))) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+            return not try_flock(file, fcntl.LOCK_SH)
         return False
 
     def turn_path(self, turn_id):
@@ -4691,7 +4709,7 @@ class StateDirectory:
 
     def create_log(self, turn_id, header):
         """The log of a new turn.  Raises OSError."""
-        make_folder(self.turns)
+        self._make_turns()
         path = self.turn_path(turn_id)
         if os.path.lexists(path):
             set_aside(path, "it lies where the log of a new turn belongs")
@@ -4704,7 +4722,7 @@ class StateDirectory:
     def create_queued(self, turn_id, message, header):
         """The log of a turn that waits, and its message (bytes) beside it, both on the disk.
         Raises OSError."""
-        make_folder(self.turns)
+        self._make_turns()
         path = self.message_path(turn_id)
         make_way(path)
         try:
@@ -4752,7 +4770,7 @@ class StateDirectory:
     def pass_over(path, error):
         """Leave a file alone that can't be read now; one that never can is set aside.  Raises the
         OSError if it isn't about the file."""
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if getattr(error, "errno", None) in SHORTAGES:
             raise error
         if isinstance(error, OSError) and error.errno not in ALIEN:
             logger.error("%s is passed over: %s", path, words_of(error))
@@ -4793,7 +4811,7 @@ class StateDirectory:
 
     def _write_mark(self, name, text=b""):
         """Have the disk hold a small file.  Raises OSError."""
-        make_folder(self.turns)
+        self._make_turns()
         path = os.path.join(self.turns, name)
         make_way(path)
         write_synced(path, text)
@@ -5569,7 +5587,7 @@ class CodexRunner(Conversation):
             turn.alarm.ring()
         for each in waiting:
             each.end_unstarted()
-        for each in (turn, *others) if turn else others:
+        for each in filter(None, (turn, *others)):
             each.over.wait()
         return turn
 
@@ -5694,7 +5712,7 @@ class CodexRunner(Conversation):
 # so what can be known beforehand is looked at here, in one place, for the log, for --check and for
 # the status.  Whoever looks changes nothing: a directory that is missing is made by who needs it.
 # What takes a process of its own, and seconds on a machine that is busy, is tried out by the thread
-# "problems" alone; everybody else takes what that has found.
+# "problems" alone, but for a Codex whose version nobody has asked yet.
 
 SETTINGS_FILE = "/etc/replicas-engine/settings.env"
 MIN_SECRET = 16                            # bytes
@@ -5719,9 +5737,9 @@ def try_sandbox(before=None):
         except subprocess.TimeoutExpired:
             child.kill()
             return before
-    if child.returncode in (0, -signal.SIGKILL):        # we killed it: the engine ends
-        return before if child.returncode else None
-    return said or "status %d" % child.returncode
+    if child.returncode == -signal.SIGKILL:     # we killed it: the engine ends
+        return before
+    return (said or "status %d" % child.returncode) if child.returncode else None
 
 
 def is_below(path, folder):
@@ -5845,7 +5863,8 @@ class Problems:
             what, remedy = words_of(error), REMEDIES.get(error.errno, remedy)
         else:
             if not is_folder:
-                what, remedy = "this is not a directory", "set %s to one" % name
+                what = "this is not a directory"
+                remedy = self.settings.remedy("set %s to one" % name)
             elif is_written and not os.access(there, os.W_OK | os.X_OK):
                 what = "it can't be " + ("written" if there == path else "made in " + there)
                 if not is_read_only:        # as what a service's unit doesn't let it write is
@@ -5857,7 +5876,7 @@ class Problems:
             elif name != "WORKSPACE_HOME" and is_below(path, temporary):
                 # The agent may write there, and Codex can't make its sandbox from there.
                 what = "it lies below %s" % temporary
-                remedy = "set %s to a place elsewhere" % name
+                remedy = self.settings.remedy("set %s to a place elsewhere" % name)
             else:
                 return path, []
         return path, [problem("%s=%s: %s" % (name, path, what), remedy)]
@@ -5865,13 +5884,13 @@ class Problems:
     def _look_at_state(self):
         """The state directory, and what the engine has in it."""
         name = "REPLICAS_ENGINE_STATE"
+        if self.state and not self.state.is_ours():
+            return self.state.path, [problem(
+                "%s=%s: it was deleted or replaced while the engine ran: another engine could start"
+                % (name, self.state.path), self.settings.remedy("restart the engine"))]
         path, problems = self._look_at_folder(self.settings.state, name, is_made=True)
         if problems:
             return path, problems
-        if self.state and not self.state.is_ours():
-            return path, [problem("%s=%s: it was deleted or replaced while the engine ran: another "
-                                  "engine could start" % (name, path),
-                                  self.settings.remedy("restart the engine"))]
         for part in (path, os.path.join(path, "lock"), os.path.join(path, "turns")):
             with contextlib.suppress(OSError):
                 if os.geteuid() not in (0, os.stat(part).st_uid) or not os.access(
@@ -7285,10 +7304,10 @@ def listen_problem(settings, error):
     """The problem that kept `listen` from listening where the settings say."""
     path, place = unix_path(settings.host), "HOST=%s" % (settings.host or "")
     is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES) and not path
+    remedy = "set %s to another" % ("PORT" if is_taken else "HOST")
     return problem("%s can't be used: %s" % (
         place if path else "%s, PORT=%d" % (place, settings.port), words_of(error)),
-        "try again" if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) else
-        "set %s to another" % ("PORT" if is_taken else "HOST"))
+        "try again" if error.errno in SHORTAGES else remedy)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7449,13 +7468,12 @@ def status_line(app):
     """A line on how the engine is, for `systemctl status`."""
     if app.settings.secret is None:
         return "REPLICAS_ENGINE_SECRET is not set: nothing but /health is answered"
-    running, failure = app.runner.running(), app.runner.last_failure
+    running, trouble = app.runner.running(), app.runner.last_failure
     try:
         app.runner.finder.find()
     except HTTPError as error:
-        failure = str(error)
-    return ("Running turn %d" % running if running else IDLE) + (
-        "; " + failure if failure else "")
+        trouble = str(error)
+    return "; ".join(filter(None, ("Running turn %d" % running if running else IDLE, trouble)))
 
 
 class HangWatch:
@@ -7555,8 +7573,8 @@ def stop_when_told(stop, inbox, *closers):
 
 
 # What may be otherwise in a minute: worth another start
-PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO,
-           errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN)
+PASSING = SHORTAGES + (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EADDRINUSE,
+                       errno.EADDRNOTAVAIL, socket.EAI_AGAIN)
 
 
 def open_application(app):

@@ -158,6 +158,26 @@ def test_remedies_of_the_installed_service(complete, monkeypatch):
                REPLICAS_ENGINE_SECRET="short")
     assert list(find_problems(env).values()) == ["sudo replicas-engine-setup --secret -",
                                                  "sudo replicas-engine-setup"]
+    env.update(WORKSPACE_HOME="/dev/null", CODEX_HOME=complete["TMPDIR"])
+    assert list(find_problems(env).values())[1:] == ["sudo replicas-engine-setup"] * 2
+
+
+def test_a_sandbox_that_could_not_be_tried_is_as_it_was(monkeypatch):
+    """On a busy machine, or one that is out of processes: neither mended nor new."""
+    for trial in (["sleep", "60"], ["/nowhere/bwrap"], ["sh", "-c", "kill -9 $$"]):
+        for name in ("BWRAP_TRIAL", "SANDBOX_TRIAL"):
+            monkeypatch.setattr(replicas_engine, name, trial)
+        monkeypatch.setattr(replicas_engine, "TRIAL_PATIENCE", 0.2 if "60" in trial else 60.0)
+        assert replicas_engine.try_sandbox() is None
+        assert replicas_engine.try_sandbox("no") == "no"
+
+
+@pytest.mark.parametrize("error, remedy", [
+    (errno.EADDRINUSE, "set PORT to another"), (errno.EACCES, "set PORT to another"),
+    (errno.EADDRNOTAVAIL, "set HOST to another"), (errno.EMFILE, "try again")])
+def test_what_to_do_where_nobody_can_listen(complete, error, remedy):
+    assert replicas_engine.listen_problem(
+        Settings(complete), OSError(error, os.strerror(error)))["details"] == remedy
 
 
 def test_a_sandbox_that_cannot_be_made(complete, tmp_path):

@@ -314,26 +314,47 @@ def test_one_that_is_stopped_while_it_starts(busy, monkeypatch, what, code, fail
     put(busy, "never")
     busy.kill()
     busy.gate.touch()
-    runner, stopped = busy.runner(), []
-    stopper = threading.Thread(target=lambda: stopped.append(
-        (getattr(runner, what)(), runner.turn_log(2).finished)))    # or kill -9 could undo it
+    runner, stopped, waiting = busy.runner(), [], []
+
+    def stop():
+        stopped.append((getattr(runner, what)(), runner.turn_log(2).finished))
+    stoppers = [threading.Thread(target=stop) for _ in range(2)]    # a client may try again
 
     def prepare(options):
-        stopper.start()
-        wait_for(lambda: runner.current.stop_code)
+        wait = runner.current.over.wait
+        runner.current.over.wait = lambda *args: (waiting.append(1), wait(*args))
+        for stopper in stoppers:
+            stopper.start()
+            wait_for(lambda: runner.current.stop_code)
+        wait_for(lambda: len(waiting) == 2 or stopped)
         if fails:
             raise replicas_engine.unavailable("No Codex", "wait")
         return replicas_engine.CodexRunner.prepare(runner, options)
     runner.prepare = prepare
     runner.open()
-    wait_for(lambda: stopped)
+    wait_for(lambda: len(stopped) == 2)
     wait_for(lambda: not runner.running())
-    assert stopped == [(1 if what == "cancel" else 2, True)]
+    # The turn has its ending when one of them is answered, or kill -9 could undo it.
+    assert sorted(stopped) == ([(0, True), (1, True)] if what == "cancel" else [(2, True)] * 2)
     assert "turn 2" not in runner.last_failure      # it was wanted
     assert not fails or "turn 1" in runner.last_failure
     runner.close()
     busy.start()
     assert code_of(busy, 2) == code and not any(written)
+
+
+def test_one_that_was_cancelled_is_no_failure_after_a_restart(busy):
+    put(busy, "never")
+    assert busy.request("DELETE", "/codex/queue/2").status == 200
+    busy.gate.touch()
+    busy.wait_for_turn()
+    wait_for(lambda: not busy.status()["turn"]["status"] == "running")
+    busy.stop()
+    runner = busy.runner()
+    runner.open()
+    runner.recovered.wait()
+    assert runner.last_failure is None
+    runner.close()
 
 
 def test_an_engine_that_ends_while_it_tries(busy):

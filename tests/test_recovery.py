@@ -462,12 +462,30 @@ def test_no_id_is_given_twice(engine, damage):
         engine.stop()
 
 
-def test_a_state_directory_that_is_gone(engine):
-    """Whoever cleans up takes what was kept, but doesn't stop the next turn."""
+def test_a_state_directory_that_is_gone(engine, make_engine):
+    """Whoever cleans up takes what was kept, but doesn't stop the next turn; and nothing lets
+    another engine work there beside this one."""
     engine.send("Hello")
     shutil.rmtree(engine.state)
     assert engine.send("Hello")[-2].type == "turn.completed"
     assert engine.status()["turn"]["status"] == "completed"
+    second = make_engine("second", start=False, REPLICAS_ENGINE_STATE=engine.state)
+    second.start(wait=False)
+    assert second.process.wait(harness.PATIENCE) == 1
+    assert "another engine is running" in second.log()
+    assert "STATE" not in str(engine.status()["problems"])
+
+
+def test_a_state_directory_that_another_engine_has_taken(engine, make_engine):
+    """Which it could, since it was deleted under the first one."""
+    engine.send("Hello")
+    shutil.rmtree(engine.state)
+    second = make_engine("second", REPLICAS_ENGINE_STATE=engine.state)
+    answer = engine.post("/codex/send", {"message": "twice"})
+    assert answer.status == 503 and "another engine is running" in answer.json()["details"]
+    assert second.send("once")[0].id == "1.1"
+    assert engine.prompts() == ["Hello"]
+    assert "another engine could start" in str(engine.status()["problems"])
 
 
 def test_a_turn_whose_codex_could_not_be_looked_at(engine):

@@ -301,9 +301,9 @@ def test_the_lock_is_held_for_a_moment_by_a_child_of_an_engine_that_was_killed(
     """It was just forked, and has yet to become another program."""
     monkeypatch.setattr(replicas_engine, "LOCK_PATIENCE", harness.PATIENCE)
     state, tries = replicas_engine.StateDirectory(str(tmp_path)), threading.Event()
-    lock = replicas_engine.StateDirectory._lock
-    monkeypatch.setattr(replicas_engine.StateDirectory, "_lock",
-                        lambda self: (lock(self), tries.set())[0])
+    lock = replicas_engine.try_flock
+    monkeypatch.setattr(replicas_engine, "try_flock",
+                        lambda file, how: (lock(file, how), tries.set())[0])
     with open(tmp_path / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         opener = threading.Thread(target=state.open)
