@@ -6291,6 +6291,7 @@ LINGER_TIMEOUT, LINGER_PAUSE = 60.0, 10.0  # seconds of reading behind a last an
 MAX_LINGER_BYTES = 256 * 1024 * 1024       # bytes that are read behind a last answer
 MAX_SPARE_CONNECTIONS = 32                 # above the limit, for who is always answered
 SPARE_TIMEOUT = 2.0                        # seconds in which their request must be there
+FIRST_BYTE_TIMEOUT = 1.0                   # seconds that a new connection has at the server's end
 RESERVE_THREADS = 2                        # that serve when no other can be started
 BUFFER_SIZE = 16 * 1024
 
@@ -6868,7 +6869,9 @@ class Answer:
 #
 # A connection is idle, reads a head, makes its environ, lets the application answer, and is idle
 # again.  It ends behind an answer whose head says so (9.6), when what comes is no request, when
-# nothing comes in time, when it has to make room for another, and with the server.
+# nothing comes in time, when it has to make room for another, and with the server.  A new one has
+# its first request answered then, if that is on its way: unlike who has had an answer here (9.3.1),
+# its client does not expect to have to send it again.
 
 class WSGIRequestHandler:
     """One connection: its requests become environs for the application, one after the other."""
@@ -6883,6 +6886,7 @@ class WSGIRequestHandler:
         self.closing = False                # nothing is read behind the request
         # The server looks at these, and doesn't wait
         self.idle = False                   # between two requests, or behind the last
+        self.new_until = time.monotonic() + FIRST_BYTE_TIMEOUT      # or its first request
         self.admitted = False               # it has shown that it may always enter
         self.spare = server.register(self)  # it is beyond the limit
 
@@ -6905,6 +6909,7 @@ class WSGIRequestHandler:
             head = self.read_head()
             if head is None:
                 raise Disconnected
+            self.new_until = 0.0
             self.begun_at = time.perf_counter()
             environ = self.environ_of(head)
             self.admitted = self.admitted or self.server.admits(environ)
@@ -6945,8 +6950,8 @@ class WSGIRequestHandler:
         self.idle = not (begun or self.spare)       # before the next look: the server does it last
         if deadline:
             limit = deadline - time.monotonic()
-        if self.server.closing and self.idle:
-            limit = min(limit, 0.0)         # only what is there already
+        if self.server.closing and self.idle:       # only what is there already, or on its way
+            limit = min(limit, max(0.0, self.new_until - time.monotonic()))
         try:
             if limit < 0 and not begun:     # empty lines may come without a pause, and for ever
                 raise TimeoutError
@@ -7227,7 +7232,8 @@ class WSGIServer(ThreadingHTTPServer):
         while True:
             with self._changed:
                 idle = [sock for connections in (self._connections, self._spare)
-                        for sock, handler in connections.items() if handler and handler.idle]
+                        for sock, handler in connections.items()
+                        if handler and handler.idle and handler.new_until < time.monotonic()]
             for sock in idle:               # who still sends behind his last answer is reset
                 self._wake(sock)
             with self._changed:

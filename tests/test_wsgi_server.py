@@ -324,6 +324,31 @@ def test_lingering_ends_with_the_server(serve, spare, sends):
         assert not end.is_alive()
 
 
+def test_a_new_connection_still_has_its_request_answered_when_the_server_ends(serve):
+    """It is on its way: unlike who has had an answer here, the client may not send it again."""
+    served = serve(Application(), FIRST_BYTE_TIMEOUT=harness.PATIENCE)
+    with Client(served.port) as new, Client(served.port, request(b"GET / HTTP/1.1")) as used:
+        assert used.answer()[2] == b"root"
+        wait_for(lambda: len(connection_threads()) == 2)
+        end = threading.Thread(target=served.server.shut_down, args=[harness.PATIENCE])
+        end.start()
+        assert used.is_closed()
+        new.send(request(b"GET / HTTP/1.1"))
+        status, fields, body = new.answer()
+        assert (status, fields["connection"], body) == (200, "close", b"root")
+        end.join()
+
+
+def test_a_new_connection_that_is_silent_does_not_hold_up_the_end(serve):
+    served = serve(Application(), FIRST_BYTE_TIMEOUT=0.2)
+    with Client(served.port) as new:
+        end = threading.Thread(target=served.server.shut_down, args=[harness.PATIENCE])
+        end.start()
+        assert new.is_closed()
+        end.join(harness.PATIENCE / 2)
+        assert not end.is_alive()
+
+
 @pytest.mark.parametrize("leave", (Client.close, Client.reset))
 def test_lingering_ends_with_the_client(serve, leave):
     served = serve(Application())
