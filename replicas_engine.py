@@ -4739,6 +4739,10 @@ class StateDirectory:
         with open_regular(self.message_path(turn_id)) as file:
             return json_object(file.read().decode())
 
+    def has_message(self, turn_id):
+        """Whether one is there for the next engine."""
+        return os.path.lexists(self.message_path(turn_id))
+
     def delete_message(self, turn_id):
         """It isn't needed any more, if there is one."""
         with contextlib.suppress(OSError):
@@ -5511,7 +5515,8 @@ class CodexRunner(Conversation):
 
     def cancel(self, turn_id=None):
         """Take that turn's message, or every one, out of the queue: how many that were.  Their
-        turns have an ending then, or a kill -9 could have the next engine start them."""
+        turns have an ending then, or a kill -9 could have the next engine start them.  Raises
+        HTTPError 503 where the disk has neither taken the ending nor let go of the message."""
         self.recovered.wait()
         with self.lock:
             self._check_open()
@@ -5521,6 +5526,12 @@ class CodexRunner(Conversation):
         self.start_next()
         for turn in others:
             turn.over.wait()
+        with self.lock:
+            unfinished = [self.logs[each] for each in self.unfinished if turn_id in (None, each)]
+        if any(each.is_queued and self.state.has_message(each.turn_id) for each in unfinished):
+            raise unavailable("The disk has not let go of the message",
+                              "it doesn't run unless the engine restarts before that: GET "
+                              "/codex/status, or the engine's log, says why")
         return count
 
     def interrupt(self):

@@ -282,6 +282,25 @@ def test_a_log_that_can_be_neither_written_nor_deleted(faulty):
     assert engine.send("Hello")[0].id == "1.1"
 
 
+def test_a_disk_that_keeps_a_message_that_was_taken_out_is_told(faulty, tmp_path):
+    """The next engine would run it."""
+    engine, gate = faulty(), tmp_path / "gate"
+    engine.start_turn(script(BEGIN, {"wait_for": str(gate)}, {"complete": True}))
+    engine.start_turn("Hello", when_busy="queue")
+    engine.fail(calls=["os.pwrite", "os.unlink"], probability=1, threads="connection.*|sync",
+                errors=["EIO"])
+    for path in ("/codex/queue/2", "/codex/queue", "/codex/queue/2"):
+        answer = engine.request("DELETE", path)
+        assert answer.status == 503 and "restarts" in answer.json()["details"], answer.body
+    assert engine.get("/codex/queue").json() == {"turns": []}
+    engine.heal()
+    wait_for(lambda: engine.request("DELETE", "/codex/queue").status == 200)
+    engine.kill()
+    engine.start()
+    assert engine.events(2)[-2].json()["error"]["code"] == "cancelled"
+    assert engine.send("on")[-2].type == "turn.completed" and "Hello" not in engine.prompts()
+
+
 @pytest.mark.parametrize("call, error, most", [
     ("os.open", "MemoryError", 3), ("os.fsync", "EIO", 2), ("os.write", "MemoryError", 3),
     ("os.read", "MemoryError", 4)])
