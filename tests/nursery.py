@@ -5,11 +5,13 @@ such an engine is what another one has, but for its command line.
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import threading
@@ -53,6 +55,9 @@ def serve():
 
     Its parent ends at once, so that it becomes the child of whoever takes orphans: of the tests.
     """
+    with contextlib.suppress(replicas_engine.SettingsError):    # what is compiled at the first use
+        replicas_engine.Settings.from_process()
+    socket.getaddrinfo("127.0.0.1", 0)
     for line in sys.stdin:
         pid = os.fork()
         if pid:
