@@ -7612,15 +7612,16 @@ def serve(settings):
     inbox = Inbox()
     app = Application(settings)
     inherited = systemd_listeners()
-    failed = open_application(app)
-    if failed:
-        return failed
-    try:
+    try:                                    # first: what waits in the queue begins with the next
         listeners = inherited or listen(settings.host, settings.port)
     except OSError as error:
-        app.runner.close()
         logger.error("%(problem)s; %(details)s", listen_problem(settings, error))
         return 1 if error.errno in PASSING else 2
+    failed = open_application(app)
+    if failed:
+        for listener in listeners:
+            listener.close()
+        return failed
     server = WSGIServer(listeners, app, settings.max_connections, always=("/health",),
                         admits=app.admits)
     start_thread("accept", server.serve_forever)

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import random
+import socket
 import threading
 import time
 
+import harness
 import pytest
 
 import replicas_engine
@@ -259,6 +261,20 @@ def test_a_shutdown_keeps_them(busy):
     busy.start()
     assert code_of(busy, 1) == "shutdown"
     assert result(busy, 2)["status"] == "completed"
+
+
+def test_an_engine_that_cannot_listen_begins_none(make_engine, tmp_path):
+    """It would end what it has begun, a message at every start."""
+    engine = make_engine(PORT=str(harness.free_port()))
+    engine.start_turn(gated(tmp_path / "gate"))
+    for number in range(3):
+        put(engine, "message %d" % number)
+    engine.stop()
+    with socket.create_server(("127.0.0.1", engine.port)):
+        for _ in range(3):
+            assert engine.start(wait=False).process.wait(harness.PATIENCE) == 1
+    engine.start()
+    assert [result(engine, turn)["status"] for turn in (2, 3, 4)] == ["completed"] * 3
 
 
 @pytest.mark.parametrize("patience", [0, 600])
