@@ -7227,6 +7227,10 @@ class WSGIServer(ThreadingHTTPServer):
 
     # Ending
 
+    def announce_end(self):
+        """Answers say from now on that their connection ends behind them."""
+        self.closing = True
+
     def shut_down(self, timeout, keep_queue=False):
         """Take no more connections and wait for the answers under way, `timeout` seconds at most.
 
@@ -7234,7 +7238,7 @@ class WSGIServer(ThreadingHTTPServer):
         has the socket too, will see to them.
         """
         self.shutdown()
-        self.closing = True
+        self.announce_end()
         for listener in () if keep_queue else self._listeners.values():
             with contextlib.suppress(OSError):
                 while True:
@@ -7633,7 +7637,8 @@ def serve(settings):
     stop = threading.Event()
     watcher = start_thread("problems", watch_problems, app.problems, stop)
     # It is there from the start: later the machine may have no thread left to give.
-    start_thread("stop", stop_when_told, stop, inbox, app.runner.close, end_leftovers,
+    start_thread("stop", stop_when_told, stop, inbox, server.announce_end, app.runner.close,
+                 end_leftovers,
                  functools.partial(server.shut_down, CLOSE_TIMEOUT, keep_queue=bool(inherited)),
                  functools.partial(end_watcher, watcher))
     app.runner.on_change = lambda: inbox.put(Inbox.TURN_CHANGED)

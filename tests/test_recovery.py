@@ -118,6 +118,7 @@ def test_a_signal_in_each_phase_of_a_turn(engine, tmp_path, phase, number):
             answer = engine.post("/codex/send", {"message": "Hello"})
             if answer.status != 409:            # the signal may not have been seen yet
                 assert answer.status == 503 and answer.headers["Retry-After"].isdigit()
+                assert answer.headers["Connection"] == "close"
                 refused += 1
         time.sleep(0.02)
     assert engine.process.returncode == 0
