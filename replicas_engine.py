@@ -988,8 +988,9 @@ class Request:
         try:
             body = self.environ["wsgi.input"].read(limit + 1 if length is None else int(length))
         except OSError as error:
-            raise HTTPError(getattr(error, "status", 400), "The request body could not be read",
-                            str(error))
+            status = getattr(error, "status", 400)
+            raise HTTPError(status, "The request body could not be read", str(error),
+                            [("Retry-After", "5")] if status == 503 else [])
         if len(body) > limit:
             raise too_large
         if length is not None and len(body) < int(length):
@@ -6303,6 +6304,7 @@ MAX_LINGER_BYTES = 256 * 1024 * 1024       # bytes that are read behind a last a
 MAX_SPARE_CONNECTIONS = 32                 # above the limit, for who is always answered
 SPARE_TIMEOUT = 2.0                        # seconds in which their request must be there
 FIRST_BYTE_TIMEOUT = 1.0                   # seconds that a new connection has at the server's end
+REFUSAL_TIME = 0.5                         # seconds before the server's end to refuse the rest in
 RESERVE_THREADS = 2                        # that serve when no other can be started
 BUFFER_SIZE = 16 * 1024
 
@@ -6530,6 +6532,7 @@ class Connection:
         self.sock = sock
         self.buffer = b""
         self.evicted = False                # it makes room for another: set by the accept loop
+        self.cut = False                    # nothing more is received, since the server ends
         self._limit = None
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT))
 
@@ -6549,6 +6552,12 @@ class Connection:
             raise too_many()
         self.buffer = self.buffer + data if self.buffer else data
         return bool(data)
+
+    def broke_off(self, part):
+        """The refusal of a request that ends within its `part`: who has ended it?"""
+        if self.cut:
+            return BadRequest(503, "the engine is shutting down: send it again in some seconds")
+        return BadRequest(400, "the connection was closed within the %s" % part)
 
     def take(self, size):
         """Up to `size` bytes out of the buffer."""
@@ -6714,7 +6723,7 @@ class RequestBody(io.RawIOBase):
             if now >= deadline:
                 raise TimeoutError
             if not self.connection.receive(deadline - now):
-                raise BadRequest(400, "the connection was closed within the body")
+                raise self.connection.broke_off("body")
         except TimeoutError:
             raise BadRequest(408, "the body came too slowly") from None
         self._received += len(self.connection.buffer) - before
@@ -6969,7 +6978,7 @@ class WSGIRequestHandler:
             if self.connection.receive(limit):
                 self.idle = False
                 return True
-            reason = BadRequest(400, "the connection was closed within the head")
+            reason = self.connection.broke_off("head")
         except TimeoutError:
             reason = BadRequest(408, "the head was not complete in time")
         if self.spare:
@@ -7239,17 +7248,21 @@ class WSGIServer(ThreadingHTTPServer):
         """
         self.shutdown()
         self.announce_end()
-        for listener in () if keep_queue else self._listeners.values():
+        for listener in self._listeners.values():
             with contextlib.suppress(OSError):
-                while True:
+                while not keep_queue:
                     self.process_request(*listener.accept())
+            listener.close()                # who comes now is refused, or served by somebody else
         deadline = time.monotonic() + timeout
         while True:
+            now = time.monotonic()
             with self._changed:
-                idle = [sock for connections in (self._connections, self._spare)
-                        for sock, handler in connections.items()
-                        if handler and handler.idle and handler.new_until < time.monotonic()]
-            for sock in idle:               # who still sends behind his last answer is reset
+                ended = [(sock, handler) for connections in (self._connections, self._spare)
+                         for sock, handler in connections.items() if handler and (
+                             handler.idle and handler.new_until < now
+                             or now > deadline - REFUSAL_TIME)]
+            for sock, handler in ended:     # who still sends behind his last answer is reset
+                handler.connection.cut = True
                 self._wake(sock)
             with self._changed:
                 left = deadline - time.monotonic()
@@ -7261,8 +7274,6 @@ class WSGIServer(ThreadingHTTPServer):
                 self.close_request(self._reserve.get_nowait()[0])
         for _ in range(RESERVE_THREADS):
             self._reserve.put(None)
-        for listener in self._listeners.values():
-            listener.close()
         self._ready.close()
 
 

@@ -5,11 +5,13 @@ what a deadline ends, ends, and what must not end, doesn't.
 """
 
 import contextlib
+import errno
 import os
 import pwd
 import re
 import selectors
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -347,6 +349,61 @@ def test_a_new_connection_that_is_silent_does_not_hold_up_the_end(serve):
         assert new.is_closed()
         end.join(harness.PATIENCE / 2)
         assert not end.is_alive()
+
+
+def is_refused(port):
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+
+
+HALVES = (b"POST /ech", b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhel")
+REST = (b"o HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello", b"lo")
+
+
+@pytest.mark.parametrize("half, rest", list(zip(HALVES, REST)))
+def test_the_end_lets_nobody_in_and_waits_for_what_is_half_there(serve, half, rest):
+    """A connection in the queue of a server that ends would be reset, its request unanswered."""
+    served = serve(Application())
+    with Client(served.port, half) as client:
+        wait_for(lambda: [handler for handler in served.server._connections.values()
+                          if handler and not handler.idle], "its request to begin")
+        end = threading.Thread(target=served.server.shut_down, args=[2 * harness.PATIENCE])
+        end.start()
+        wait_for(lambda: is_refused(served.port))
+        client.send(rest)
+        assert client.answer()[2] == b"hello"
+        end.join()
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("late", (False, True))
+def test_who_is_cut_off_by_the_end_is_told_so(serve, monkeypatch, half, late):
+    """It was not him who ended it: what never came in time, or came while the server took the
+    connection for one between two requests."""
+    served = serve(Application())
+    with Client(served.port, request(b"GET / HTTP/1.1")) as client:
+        assert client.answer()[0] == 200
+        wake, halves = served.server._wake, [half]
+        if late:
+            monkeypatch.setattr(served.server, "_wake", lambda sock: (
+                client.send(halves.pop() if halves else b""), wake(sock)))
+        else:
+            client.send(half)
+            wait_for(lambda: [handler for handler in served.server._connections.values()
+                              if handler and not handler.idle], "its request to begin")
+        end = threading.Thread(target=served.server.shut_down, args=[1.0])
+        end.start()
+        status, fields, body = client.answer()
+        assert status == 503 and fields["connection"] == "close" and b"shutting down" in body
+        end.join()
+
+
+def test_a_message_that_is_half_there_at_the_end_is_to_be_sent_again(engine):
+    with Client(engine.port, request(b"POST /codex/send HTTP/1.1", KEY[:-2], b"Content-Length: 16",
+                                     body=b'{"mess')) as client:
+        engine.process.send_signal(signal.SIGTERM)
+        status, fields, _ = client.answer()
+        assert (status, fields["retry-after"], fields["connection"]) == (503, "5", "close")
 
 
 @pytest.mark.parametrize("leave", (Client.close, Client.reset))
