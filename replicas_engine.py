@@ -4303,7 +4303,6 @@ class Turn:
             self.options = self._read_message()
         self.thread_id = self.options.thread_id(self.runner.thread_id)
         self.codex = self.runner.prepare(self.options)
-        self.codex.version = self.runner.finder.version(self.codex)
         with explained("Codex's home can't be made", "see CODEX_HOME"):
             os.makedirs(self.settings.codex_home, mode=0o700, exist_ok=True)
         with explained("The turn's files can't be written", "see REPLICAS_ENGINE_STATE"):
@@ -5640,12 +5639,14 @@ class CodexRunner(Conversation):
             raise unavailable("The workspace directory is missing",
                               "%s is not a directory: make it, or set WORKSPACE_HOME"
                               % self.settings.workspace)
+        codex.version = self.finder.version(codex)
         for key, since in options.since.items():
-            version = self.finder.version(codex)
-            if (version_numbers(version) or since) < since:
+            if (version_numbers(codex.version) or since) < since:
                 raise bad_parameter(key, "is beyond Codex %s: it takes %d.%d or newer"
-                                    % (version, *since))
+                                    % (codex.version, *since))
         self._finish_left()
+        with self.lock:
+            self._check_open()
         return codex
 
     def create_log(self, turn):
@@ -5693,7 +5694,7 @@ class CodexRunner(Conversation):
         steers.close(None)
         if self.closing:
             turn.be_over()
-        if is_first:
+        elif is_first:
             logger.warning("turn %d can't be started; for %d s it is tried again: %s",
                            turn.id, START_PATIENCE, problem)
         return True

@@ -397,6 +397,27 @@ def test_an_engine_that_ends_while_it_tries(busy):
     assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
 
 
+def test_an_engine_that_ends_while_it_starts_one(busy):
+    """Codex has not been started yet: it is the next one's."""
+    put(busy, "on")
+    busy.kill()
+    busy.gate.touch()
+    runner = busy.runner()
+    closer = threading.Thread(target=runner.close)
+
+    def version(codex):
+        closer.start()
+        wait_for(lambda: runner.closing and runner.current.stop_code)
+        return "0.169.0"
+    runner.finder.version = version
+    runner.open()
+    wait_for(lambda: runner.closing)
+    closer.join()
+    busy.start()
+    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+    assert "tried again" not in busy.log()
+
+
 def test_a_turn_that_cannot_be_started_before_one_that_waits(make_engine, tmp_path):
     """Its id isn't given to another."""
     engine = make_engine(constants={"START_PATIENCE": 0})
