@@ -5362,6 +5362,7 @@ class CodexRunner(Conversation):
         if self.webhook:
             self.wake_webhook = self.webhook.wake.set
         self._closed = threading.Event()
+        self._ordering = threading.Lock()   # held while the queue or the thread is being changed
 
     # Starting with the process
 
@@ -5518,11 +5519,12 @@ class CodexRunner(Conversation):
         turns have an ending then, or a kill -9 could have the next engine start them.  Raises
         HTTPError 503 where the disk has neither taken the ending nor let go of the message."""
         self.recovered.wait()
-        with self.lock:
-            self._check_open()
-            waiting, others, count = self._take_out(turn_id)
-        for turn in waiting:
-            turn.end_unstarted()
+        with self._ordering:
+            with self.lock:
+                self._check_open()
+                waiting, others, count = self._take_out(turn_id)
+            for turn in waiting:
+                turn.end_unstarted()
         self.start_next()
         for turn in others:
             turn.over.wait()
@@ -5545,9 +5547,10 @@ class CodexRunner(Conversation):
     def reset(self):
         """Stop the turn in progress, empty the queue and forget the thread.  Raises HTTPError 503,
         and 500 as `interrupt` does, when the thread is forgotten."""
-        turn = self._stop_current("interrupted", forget=True)
         try:
-            self.state.write_reset(self.reset_at[0])
+            with self._ordering:
+                turn = self._stop_current("interrupted", forget=True)
+                self.state.write_reset(self.reset_at[0])
         except OSError as error:
             raise unavailable("The reset could not be written down",
                               "%s, and reset again: the thread is forgotten until the engine "
@@ -5573,7 +5576,8 @@ class CodexRunner(Conversation):
         for turn in self.waiting():
             turn.log.leave()
             turn.be_over()
-        self.state.close()
+        with self._ordering:                # nor before an order is written down
+            self.state.close()
 
     def stop(self, turn, code):
         """Begin to stop a turn; the first reason is the one that counts."""

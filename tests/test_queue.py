@@ -418,6 +418,31 @@ def test_an_engine_that_ends_while_it_starts_one(busy):
     assert "tried again" not in busy.log()
 
 
+@pytest.mark.parametrize("order, writes", [("reset", "write_reset"), ("cancel", "delete_message")])
+def test_an_engine_that_ends_while_an_order_is_written_down(busy, order, writes):
+    """No other engine has the directory before that."""
+    put(busy, "never")
+    busy.kill()
+    runner = busy.runner()
+    runner.start_next = lambda: None
+    runner.open()
+    runner.recovered.wait()
+    closer, write = threading.Thread(target=runner.close), getattr(runner.state, writes)
+
+    def write_slowly(turn_id):
+        if not closer.ident:
+            closer.start()
+            closer.join(1.0)                # it would be over by then, did it not wait
+            assert closer.is_alive()
+        write(turn_id)
+    setattr(runner.state, writes, write_slowly)
+    getattr(runner, order)()
+    closer.join()
+    busy.start()
+    assert waiting(busy) == [] and (order == "cancel") == bool(busy.status()["thread_id"])
+    assert code_of(busy, 2) in ("cancelled", "interrupted") and "never" not in busy.prompts()
+
+
 def test_a_turn_that_cannot_be_started_before_one_that_waits(make_engine, tmp_path):
     """Its id isn't given to another."""
     engine = make_engine(constants={"START_PATIENCE": 0})
