@@ -4643,9 +4643,7 @@ class StateDirectory:
             # another program.
             while not try_flock(file, fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
-                    owner = flock_owner(file)
-                    raise StateInUse("another engine is running with the state directory %s%s" % (
-                        self.path, owner and ", pid %d" % owner or ""))
+                    raise StateInUse(self._engine_with(file))
                 time.sleep(0.01)
             make_folder(self.turns)
         except BaseException:
@@ -4677,16 +4675,22 @@ class StateDirectory:
         except (OSError, ValueError):       # who knows; or the engine ends, and has closed it
             return True
 
-    def is_in_use(self):
-        """Whether an engine works with it.
+    def _engine_with(self, lock):
+        """Whose that lock is, in words."""
+        owner = flock_owner(lock)
+        return "another engine is running with the state directory %s%s" % (
+            self.path, ", pid %d" % owner if owner else "")
+
+    def engine(self):
+        """What engine works with it, in words, or None.
 
         For a moment it holds the lock, and an engine that starts then waits: but /proc/locks, which
         would not need that, doesn't know the files of some file systems (btrfs).
         """
         with contextlib.suppress(OSError, ValueError), (
                 open_regular(os.path.join(self.path, "lock"))) as file:
-            return not try_flock(file, fcntl.LOCK_SH)
-        return False
+            return None if try_flock(file, fcntl.LOCK_SH) else self._engine_with(file)
+        return None
 
     def turn_path(self, turn_id):
         """Where a turn's log is."""
@@ -7418,7 +7422,7 @@ def check_port(settings):
     address = systemd_address() if settings.is_service else None
     if address:
         return "systemd's socket is %s" % address_text(address), socket_problems(settings, address)
-    path, in_use = unix_path(settings.host), StateDirectory(settings.state).is_in_use()
+    path, in_use = unix_path(settings.host), StateDirectory(settings.state).engine()
     place = settings.host if path else str(settings.port)
     try:
         for listener in listen(settings.host, settings.port):
@@ -7426,8 +7430,7 @@ def check_port(settings):
         if path:
             os.unlink(path)
         return "%s is free" % place, [problem(
-            "another engine works with REPLICAS_ENGINE_STATE=%s" % settings.state,
-            "stop it, or set another directory")] if in_use else []
+            in_use, "stop it, or set REPLICAS_ENGINE_STATE to another")] if in_use else []
     except OSError as error:
         problems = [listen_problem(settings, error)]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) if path else (
@@ -7635,7 +7638,8 @@ def serve(settings):
     try:                                    # first: what waits in the queue begins with the next
         listeners = inherited or listen(settings.host, settings.port)
     except OSError as error:
-        logger.error("%(problem)s; %(details)s", listen_problem(settings, error))
+        logger.error("%s", StateDirectory(settings.state).engine() or
+                     "%(problem)s; %(details)s" % listen_problem(settings, error))
         return 1 if error.errno in PASSING else 2
     failed = open_application(app)
     if failed:

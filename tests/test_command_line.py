@@ -391,7 +391,8 @@ def test_check_beside_a_running_engine(complete, engine):
     assert status == 1 and re.search("MISSING port: HOST=127.0.0.1, PORT=%s can't be used: Address "
                                      "already in use; set PORT to another" % port, output)
     status, output = check(dict(complete, REPLICAS_ENGINE_STATE=engine.state))
-    assert status == 1 and "another engine works with REPLICAS_ENGINE_STATE=" in output
+    assert status == 1 and "another engine is running with the state directory %s, pid %d; " % (
+        engine.state, engine.process.pid) in output
 
 
 def test_a_port_in_use(make_engine, engine):
@@ -401,8 +402,11 @@ def test_a_port_in_use(make_engine, engine):
             "another\n" % engine.port) in second.log()
 
 
-def test_a_state_directory_in_use(make_engine, engine):
-    second = make_engine("second", start=False, REPLICAS_ENGINE_STATE=engine.state)
+@pytest.mark.parametrize("port", [True, False])
+def test_a_state_directory_in_use(make_engine, engine, port):
+    """With the port of that engine, too."""
+    second = make_engine("second", start=False, REPLICAS_ENGINE_STATE=engine.state,
+                         PORT=str(engine.port if port else 0))
     second.start(wait=False)
     assert second.process.wait(harness.PATIENCE) == 1
     assert "another engine is running with the state directory %s, pid %d" % (

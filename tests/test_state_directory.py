@@ -310,6 +310,6 @@ def test_the_lock_is_held_for_a_moment_by_a_child_of_an_engine_that_was_killed(
         opener.start()
         assert tries.wait(harness.PATIENCE)
     opener.join()
-    assert state.is_in_use() and state.is_ours()
+    assert state.engine() and state.is_ours()
     state.close()
-    assert not state.is_in_use()
+    assert not state.engine()
