@@ -142,11 +142,12 @@ def words_of(error):
     return re.sub(r"^\[.*?\] | \(_ssl\.c:\d+\)$| \(while attempting .*", "", words)
 
 
-def readable(fd):
-    """Whether a read from the descriptor `fd`, or a file with one, would not block."""
+def readable(fd, seconds=0):
+    """Whether a read from the descriptor `fd`, or a file with one, would not block: now, or within
+    so many seconds."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(seconds * 1000))
 
 
 def write_all(fd, data):
@@ -3000,9 +3001,8 @@ class CodexFinder:
         child = start_process([codex.program, "--version"], stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               env=codex_environment(self.settings, codex, "engine"))
-        with child, selectors.DefaultSelector() as selector:
-            selector.register(child.stdout, selectors.EVENT_READ)
-            answered = selector.select(VERSION_PATIENCE)
+        with child:
+            answered = readable(child.stdout, VERSION_PATIENCE)
             output = os.read(child.stdout.fileno(), 1000) if answered else b""
             os.killpg(child.pid, signal.SIGKILL)    # it may be a script that waits for another
         match = re.search(rb"(?im)(?:codex.*?\bv?|^v?)([0-9]+\.[0-9]+\.[0-9]+[-+.0-9A-Z]*)", output)
@@ -7493,12 +7493,9 @@ class Inbox:
         with contextlib.suppress(BlockingIOError):
             os.write(self._write_end, bytes([number]))
 
-    def get(self, timeout):
-        """What has come, each number once; empty after `timeout` seconds (None: wait on)."""
-        poll = select.poll()
-        poll.register(self._read_end, select.POLLIN)
-        ready = poll.poll(None if timeout is None else timeout * 1000)
-        return set(os.read(self._read_end, 65536)) if ready else set()
+    def get(self, seconds):
+        """What has come, each number once; nothing after so many seconds."""
+        return set(os.read(self._read_end, 65536)) if readable(self._read_end, seconds) else set()
 
 
 IDLE = "Idle"
