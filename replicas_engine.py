@@ -497,12 +497,9 @@ class StderrHandler(logging.Handler):
         start_thread("log", self._write_lines)
 
     def handle(self, record):
-        """Without logging's own lock: the queue needs none."""
-        self.emit(record)
-
-    def emit(self, record):
-        """What logging calls with a record, from any thread.  It never raises: whoever logs a
-        failure has still to deal with it, on a machine that is perhaps out of everything."""
+        """What logging calls with a record, from any thread; the queue needs no lock of logging's.
+        It never raises: whoever logs a failure has still to deal with it, on a machine that is
+        perhaps out of everything."""
         text = str(record.msg)
         try:
             text = record.getMessage()
@@ -564,15 +561,11 @@ def log_uncaught(failure):
                  exc_info=(failure.exc_type, failure.exc_value, failure.exc_traceback))
 
 
-def _is_journal(stream):
-    """Whether standard error is the journal's, as systemd.exec(5) says of $JOURNAL_STREAM."""
-    status = os.fstat(2)
-    return stream == "%d:%d" % (status.st_dev, status.st_ino)
-
-
-def start_logging(env):
+def start_logging():
     """Log to standard error."""
-    logger.handlers[:] = [StderrHandler(journal=_is_journal(env.get("JOURNAL_STREAM")))]
+    status = os.fstat(2)                    # is it the journal's?  See systemd.exec(5)
+    journal = os.environ.get("JOURNAL_STREAM") == "%d:%d" % (status.st_dev, status.st_ino)
+    logger.handlers[:] = [StderrHandler(journal)]
     logger.setLevel(logging.INFO)
 
 
@@ -717,8 +710,8 @@ def read_dotenv():
     except (FileNotFoundError, NotADirectoryError):
         return {}, []
     except (OSError, ValueError) as error:
-        return {}, [problem("the file .env can't be read: %s" % (
-            getattr(error, "strerror", None) or error), "mend or remove it")]
+        return {}, [problem("the file .env can't be read: %s" % words_of(error),
+                            "mend or remove it")]
     skipped, problems = [], []
     env = parse_dotenv(text, skipped)
     if skipped:
@@ -858,14 +851,6 @@ class Settings:
 # back, and an HTTPError is an answer that isn't what the client wanted, raised from wherever that
 # turns out.
 
-def reason_phrase(status):
-    """What the status line says beside the code; for people alone (RFC 9112, 4)."""
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown"
-
-
 class Response:
     """A status code, header fields and a body: an iterable of bytes.
 
@@ -966,8 +951,7 @@ class Request:
 
     def query(self):
         """The query's parameters; a parameter given twice is an error."""
-        pairs = urllib.parse.parse_qsl(self.environ.get("QUERY_STRING", ""),
-                                       keep_blank_values=True, max_num_fields=None)
+        pairs = urllib.parse.parse_qsl(self.environ.get("QUERY_STRING", ""), keep_blank_values=True)
         query = dict(pairs)
         if len(query) != len(pairs):
             raise HTTPError(400, "Invalid query", "a parameter is given more than once")
@@ -5999,7 +5983,7 @@ class Application:
                 shut_out_others()
                 self.settings = self.settings or Settings.from_process()
                 if not logger.handlers:
-                    start_logging(os.environ)
+                    start_logging()
                 if self.settings.development:
                     logger.setLevel(logging.DEBUG)
                 runner = CodexRunner(self.settings)
@@ -6031,7 +6015,7 @@ class Application:
             logger.exception("%s %s failed", request.method, request.path)
             response = json_response({"error": "Internal server error",
                                       "details": "the engine's log says more"}, 500)
-        status = "%d %s" % (response.status, reason_phrase(response.status))
+        status = "%d %s" % (response.status, HTTPStatus(response.status).phrase)
         start_response(status, response.headers)
         if request.method != "HEAD":
             return response.body
@@ -6766,7 +6750,7 @@ def response_head(status_line, fields):
 def refusal(error, is_head):
     """The whole answer to what isn't a request, or not to be answered; the connection ends behind
     it.  `is_head`: it was a HEAD, whose answer has no body (RFC 9110, 9.3.2)."""
-    phrase = reason_phrase(error.status)
+    phrase = HTTPStatus(error.status).phrase
     body = json_bytes({"error": phrase, "details": str(error)})
     fields = [("Content-Type", "application/json"), ("Content-Length", str(len(body))),
               ("Cache-Control", "no-store")]
@@ -7181,8 +7165,7 @@ class WSGIServer(ThreadingHTTPServer):
         if not self._enter(request, self._connections, self.max_connections):
             self._enter(request, self._spare, MAX_SPARE_CONNECTIONS)
         try:
-            threading.Thread(target=self.process_request_thread, name="connection",
-                             args=(request, client_address), daemon=True).start()
+            start_thread("connection", self.process_request_thread, request, client_address)
         except RuntimeError as error:
             logger.error("no thread could be started for a connection: %s", words_of(error))
             with self._changed:
@@ -7498,9 +7481,6 @@ class Inbox:
         return set(os.read(self._read_end, 65536)) if readable(self._read_end, seconds) else set()
 
 
-IDLE = "Idle"
-
-
 def status_line(app):
     """A line on how the engine is, for `systemctl status`."""
     if app.settings.secret is None:
@@ -7510,7 +7490,7 @@ def status_line(app):
         app.runner.finder.find()
     except HTTPError as error:
         trouble = str(error)
-    return "; ".join(filter(None, ("Running turn %d" % running if running else IDLE, trouble)))
+    return "; ".join(filter(None, ("Running turn %d" % running if running else "Idle", trouble)))
 
 
 class HangWatch:
@@ -7689,7 +7669,7 @@ def main(arguments):
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
-    start_logging(os.environ)
+    start_logging()
     faulthandler.enable()                   # a traceback of what crashes Python itself
     threading.excepthook = sys.unraisablehook = log_uncaught
     with contextlib.suppress(OSError, ValueError):      # a connection is a descriptor, or two
