@@ -4015,11 +4015,6 @@ ACCEPT_PATIENCE = 30.0                     # seconds that an app-server has to t
 EXIT_PATIENCE = 10.0                       # seconds from Codex's last event to its exit, at most
 
 
-def _item_id(item):
-    """An item's id, or None for what is none."""
-    return item["id"] if isinstance(item.get("id"), str) else None
-
-
 class Progress:
     """What a turn's events tell: what is under way, how Codex ended the turn, and until when the
     next one has to come."""
@@ -4044,39 +4039,20 @@ class Progress:
 
     def learn(self, kind, event):
         """Learn from the next event."""
-        if kind != "error":                 # which is Codex's trying again, perhaps for ever
-            self.last_at, self.complaint = time.monotonic(), None
-        learn = self.LESSONS.get(kind)
-        if learn:
-            learn(self, event)
-
-    def _complained(self, event):
-        """`error`: mostly that Codex tries again, and not the end."""
-        self.complaint = message_of(event)
-
-    def _thread_started(self, event):
-        """`thread.started`: the log reads the id from it."""
-        if thread_id_of(event) is None:
-            logger.warning("Codex gave its thread a malformed id")
-
-    def _item_started(self, event):
-        """`item.started`: while a command runs, Codex may be silent for long."""
+        if kind == "error":                 # no progress: Codex tries again, perhaps for ever
+            self.complaint = message_of(event)
+            return
+        self.last_at, self.complaint = time.monotonic(), None
         item = event.get("item")
         if isinstance(item, dict) and item.get("type") != "todo_list":  # which is no work itself
-            self.items.add(_item_id(item))
-
-    def _item_completed(self, event):
-        """`item.completed`: one thing less to wait for."""
-        item = event.get("item")
-        if isinstance(item, dict):
-            self.items.discard(_item_id(item))
-
-    def _turn_ended(self, event):
-        """`turn.completed` or `turn.failed`: the last event that counts."""
-        self.terminal = event["type"]
-        if self.terminal == "turn.failed":
-            self.complaint = message_of(event.get("error")) or NO_REASON
-        self.ended_at = time.monotonic()
+            if kind == "item.started":      # while a command runs, Codex may be silent for long
+                self.items.add(str(item.get("id")))
+            elif kind == "item.completed":
+                self.items.discard(str(item.get("id")))
+        if kind in TERMINAL:
+            self.terminal, self.ended_at = kind, self.last_at
+            if kind == "turn.failed":
+                self.complaint = message_of(event.get("error")) or NO_REASON
 
     def deadlines(self, run, is_unwanted, holding):
         """What Codex has to do by when: pairs of a moment of time.monotonic and the code of what
@@ -4109,10 +4085,6 @@ class Progress:
             words = self.complaint if code == "stalled" else None
         room = MAX_FAILURE_MESSAGE - len(message) - 2
         return "%s: %s" % (message, words[-room:]) if words else message
-
-    LESSONS = {"error": _complained, "thread.started": _thread_started,
-               "item.started": _item_started, "item.completed": _item_completed,
-               "turn.completed": _turn_ended, "turn.failed": _turn_ended}
 
 
 class Stopper:
