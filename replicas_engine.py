@@ -1277,7 +1277,7 @@ class TurnLog:
                 raise ValueError("it has no end")
             turn_log.size = begin + found + 2
             if turn_log.size > turn_log.start:
-                turn_log.last, kind, _ = turn_log.events_at_end(1, file)[0]
+                _, (turn_log.last, kind, _) = next(turn_log.backwards(file))
                 turn_log.finished, turn_log.has_ending = kind == "done", kind in TERMINAL
                 file.seek(turn_log.start)
                 turn_log._find_thread(file.read(READ_SIZE))
@@ -1550,10 +1550,6 @@ class TurnLog:
             yield begin, _parse_event(os.pread(file.fileno(), end - begin, begin))
             end = begin
 
-    def events_at_end(self, count, file):
-        """The last `count` events in the open `file`, the last one first: (number, type, data)."""
-        return [event for _, event in itertools.islice(self.backwards(file), count)]
-
 
 # ---------------------------------------------------------------------------------------------
 # Event stream and results
@@ -1711,7 +1707,7 @@ def turn_summary(turn_log, file=None):
     error = turn_log.error
     if error:                               # there is an ending, perhaps, but nobody has seen it
         summary["error"] = {"message": "The turn's log can't be written: %s" % words_of(error)}
-    for _, kind, data in turn_log.events_at_end(2, file):
+    for _, (_, kind, data) in itertools.islice(turn_log.backwards(file), 2):    # the last is `done`
         if kind in TERMINAL:
             event = json_object(data)
             usage, summary["error"] = event.get("usage"), event.get("error")
