@@ -590,8 +590,9 @@ PREFIX = "REPLICAS_ENGINE_"
 ENGINE_SETTINGS = tuple(PREFIX + name for name in (
     "SECRET", "SANDBOX", "MODEL", "IDLE_TIMEOUT", "TURN_TIMEOUT", "STATE", "MAX_BODY",
     "MAX_CONNECTIONS", "MAX_HISTORY", "DELTAS", "WEBHOOK_URL", "WEBHOOK_SECRET"))
-OTHER_SETTINGS = ("HOST", "PORT", "WORKSPACE_HOME", "CODEX_PATH", "CODEX_HOME", "CODEX_API_KEY",
-                  "OPENAI_API_KEY", "OPENAI_BASE_URL")
+KEYS = ("CODEX_API_KEY", "OPENAI_API_KEY")  # the first one counts
+OTHER_SETTINGS = ("HOST", "PORT", "WORKSPACE_HOME", "CODEX_PATH", "CODEX_HOME", "OPENAI_BASE_URL",
+                  *KEYS)
 SETUP = "/usr/sbin/replicas-engine-setup"           # is there if the engine was installed
 
 
@@ -750,6 +751,8 @@ class Settings:
         self.workspace = self._path("WORKSPACE_HOME", get("HOME") or "/home/ubuntu")
         self.codex_path = get("CODEX_PATH") and self._path("CODEX_PATH", "")
         self.codex_home = self._path("CODEX_HOME", os.path.join(self.home, ".codex"))
+        self.key_name = next((name for name in KEYS if get(name, "").strip()), None)
+        self.key = get(self.key_name)       # for the model
         self.sandbox = self._sandbox()
         self.model = self._model()
         self.deltas = bool(self._number("REPLICAS_ENGINE_DELTAS", 0, most=1))
@@ -2871,9 +2874,6 @@ def native_codex(program):
     return None
 
 
-KEYS = ("CODEX_API_KEY", "OPENAI_API_KEY")  # the first one counts
-
-
 def codex_environment(settings, codex, mark, with_key=True):
     """The environment for a Codex process: ours without what is the engine's or systemd's.
 
@@ -2882,11 +2882,11 @@ def codex_environment(settings, codex, mark, with_key=True):
     own = SYSTEMD_VARIABLES | LISTENING_VARIABLES
     env = {name: value for name, value in settings.inherited.items()
            if name not in own and not name.startswith("REPLICAS_ENGINE_")}
-    key = next((env[name] for name in KEYS if env.get(name, "").strip()), None)
-    for name in KEYS if not with_key else ():
-        env.pop(name, None)
-    if key and with_key:
-        env["CODEX_API_KEY"] = key
+    if not with_key:
+        for name in KEYS:
+            env.pop(name, None)
+    elif settings.key:
+        env["CODEX_API_KEY"] = settings.key
     env["CODEX_HOME"] = settings.codex_home
     env["HOME"] = settings.home
     env[MARK] = mark
@@ -2901,15 +2901,17 @@ def config_argument(key, value):
                                    .replace("\x7f", "\\u007f"))]
 
 
+def base_url_arguments(settings):
+    """What tells Codex of another API: 0.50 and 0.98 take the variable, 0.169 only this."""
+    url = settings.env.get("OPENAI_BASE_URL")
+    return config_argument("openai_base_url", url) if url else []
+
+
 def codex_arguments(settings, codex, options, thread_id):
     """The command line of a turn: every option goes before `resume`, an image behind it."""
-    arguments = [codex.program, "exec", "--json", "--skip-git-repo-check",
-                 "--cd", settings.workspace]
-    url = settings.env.get("OPENAI_BASE_URL")
-    if url:                                 # 0.50 and 0.98 take the variable, 0.169 only this
-        arguments += config_argument("openai_base_url", url)
     resume = ["resume", thread_id] if thread_id else []
-    return arguments + options.arguments + resume + options.images
+    return [codex.program, "exec", "--json", "--skip-git-repo-check", "--cd", settings.workspace,
+            *base_url_arguments(settings), *options.arguments, *resume, *options.images]
 
 
 class CodexFinder:
@@ -3462,11 +3464,8 @@ class AppServer:
     needs_key = False                       # in its environment, where the agent would see it
 
     def __init__(self, settings, codex, options, thread_id, message):
-        env = settings.env
-        self._key = env.get("CODEX_API_KEY") or env.get("OPENAI_API_KEY")
-        self.arguments = [codex.program]
-        if env.get("OPENAI_BASE_URL"):      # 0.98 takes the variable, 0.169 only this
-            self.arguments += config_argument("openai_base_url", env["OPENAI_BASE_URL"])
+        self._key = settings.key
+        self.arguments = [codex.program, *base_url_arguments(settings)]
         if self._key:                       # it is written nowhere; without a key it hides a login
             self.arguments += config_argument("cli_auth_credentials_store", "ephemeral")
         self.arguments.append("app-server")
@@ -5796,9 +5795,8 @@ class Problems:
 
     def _look_at_key(self):
         """What Codex shows to its API."""
-        for name in KEYS:
-            if self.settings.env.get(name, "").strip():
-                return name, []
+        if self.settings.key_name:
+            return self.settings.key_name, []
         path = os.path.join(self.settings.codex_home, "auth.json")
         try:
             with open_regular(path) as file:

@@ -110,7 +110,7 @@ def test_what_is_not_set_is_left_out_and_what_is_set_goes_to_its_place(world):
 
 
 def test_without_a_key_nobody_logs_in(world):
-    world.settings.env.pop("CODEX_API_KEY")
+    world.settings.key = None
     assert types(world.live()) == WHOLE and world.read("account/login/start") == []
 
 
