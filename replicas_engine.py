@@ -1115,7 +1115,6 @@ THREAD_ID = r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}"
 TERMINAL = ("turn.completed", "turn.failed")
 DONE = (b"done", b"{}")
 MAX_EVENT = 32 * 1024 * 1024               # bytes of an event's data
-CR_COST = len(b"\ndata: ") - 1             # bytes more in the log for a CR within an event
 MAX_FAILURE_MESSAGE = 2000                 # characters of a turn.failed's message
 # Why a turn was ended by the engine: the code in its turn.failed, and the message there.  `exited`
 # and `not_started` have messages of their own.
@@ -1179,8 +1178,8 @@ def _parse_event(frame):
     head = EVENT_HEAD.match(frame)
     if not head:
         raise ValueError("it has an event that no engine wrote")
-    data = frame[head.end():].rstrip(b"\n").replace(b"\ndata: ", b"\n")
-    return int(head.group(1)), head.group(2).decode(), data.decode("utf-8", "replace")
+    data = frame[head.end():].rstrip(b"\n").decode("utf-8", "replace")
+    return int(head.group(1)), head.group(2).decode(), data
 
 
 def _thread_started(frame):
@@ -1437,10 +1436,8 @@ class TurnLog:
 
     def _encode(self, events):
         """The bytes of events, numbered from the next one on."""
-        return b"".join([
-            EVENT % (self.turn_id, number, kind,
-                     data.replace(b"\r", b"\ndata: ") if b"\r" in data else data)
-            for number, (kind, data) in enumerate(events, self.last + self._gap + 1)])
+        return b"".join([EVENT % (self.turn_id, number, kind, data) for number, (kind, data)
+                         in enumerate(events, self.last + self._gap + 1)])
 
     def _write(self, data, offset, spare=0):
         """Write `data` at `offset`, with `spare` bytes of room behind it.  Raises OSError."""
@@ -3335,7 +3332,8 @@ class Exec:
             fit = False
         if not fit:
             raise ValueError("not an event")
-        return [(value["type"].encode(), line, value)], b""
+        # A CR can but be white space there, and would be a line end in an event stream.
+        return [(value["type"].encode(), line.replace(b"\r", b" "), value)], b""
 
     def interrupt(self):
         """What to write to have the turn interrupted: that can't be asked."""
@@ -3942,8 +3940,7 @@ class CodexRun:
 
     def _take_line(self, line):
         """Let the driver say which events a line is."""
-        room = MAX_EVENT - CR_COST * line.count(b"\r")
-        too_long, self._too_long = self._too_long or len(line) > room, False
+        too_long, self._too_long = self._too_long or len(line) > MAX_EVENT, False
         try:
             if too_long:
                 raise ValueError("longer than %d bytes" % MAX_EVENT)
