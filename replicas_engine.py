@@ -2073,7 +2073,6 @@ KILL_PATIENCE = 5.0                        # seconds in which the kernel is expe
 PROCESS_POLL = 0.02                        # seconds between two looks
 
 _marks = set()                             # of the turns that this engine ran
-_old_sessions = set()                      # that there were when the last one ended and left some
 
 
 def _wait(condition, patience):
@@ -2106,6 +2105,7 @@ class TurnProcesses:
         self._seen = {(pid, started_ticks)}     # once a turn's, always its
         self._groups = set()                # process groups of its that there are
         self._sessions = set()              # of its that there were
+        self._older_sessions = set()        # that have a process which is older than Codex
 
     @classmethod
     def create(cls, turn_id, mark):
@@ -2192,8 +2192,8 @@ class TurnProcesses:
                         os.kill(pid, signal.SIGKILL)
             if os.getpid() not in table:
                 raise FileNotFoundError(errno.ENOENT, "it doesn't show the processes", "/proc")
-            _old_sessions.update(entry.session for entry in table.values()
-                                 if entry.started_ticks < (self.started_ticks or 0))
+            self._older_sessions |= {entry.session for entry in table.values()
+                                     if entry.started_ticks < (self.started_ticks or 0)}
             found |= {pid for pid, entry in table.items() if self._has(pid, entry)}
         self._add_descendants(table, found)
         if os.getpid() in found:
@@ -2243,7 +2243,7 @@ class TurnProcesses:
         marks = marks_of(pid)
         # Process 1 is the parent of all that a container loses: there only a mark tells.
         return bool(self._own_marks & marks) or (
-            os.getpid() != 1 and not marks & _marks and entry.session not in _old_sessions)
+            os.getpid() != 1 and not marks & _marks and entry.session not in self._older_sessions)
 
     # Stopping
 
@@ -2326,20 +2326,11 @@ class TurnProcesses:
         return True
 
     def discard(self):
-        """The turn has ended: what is left of it stays, and is none of the next one's."""
-        with contextlib.suppress(OSError):
-            try:
-                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                sessions = {entry.session for _, entry in processes()}
-            except ChildProcessError:       # we have no child: the usual case, and a cheap one
-                sessions = ()
-            with _starting:
-                _old_sessions.clear()
-                _old_sessions.update(sessions)
+        """The turn has ended: what is left of it stays, and control groups without a process go.
+        Raises OSError."""
         if self.cgroup:
-            with contextlib.suppress(OSError):
-                for cgroup in ControlGroup.all_in(os.path.dirname(self.cgroup.folder)):
-                    cgroup.remove()
+            for cgroup in ControlGroup.all_in(os.path.dirname(self.cgroup.folder)):
+                cgroup.remove()
 
 
 def end_leftovers():
@@ -5656,8 +5647,7 @@ class CodexRunner(Conversation):
         return True
 
     def release(self, turn):
-        """The turn in progress is as good as over: another may start, once what is left of this one
-        can't be taken for its."""
+        """The turn in progress is as good as over: another may start."""
         with contextlib.suppress(OSError, MemoryError):     # the turn's ending is on the disk
             if turn.run and self.current is turn:
                 turn.run.processes.discard()

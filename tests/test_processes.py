@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import pytest
 
@@ -358,7 +359,7 @@ def test_a_process_with_another_mark_that_left_the_tree(engine, value):
 
 
 def test_a_bystander_that_an_earlier_turn_left_forks_while_another_is_stopped(engine):
-    """Without a mark: it is the session that tells it from the turn's own orphans."""
+    """Without the variable: it is the limit that tells it from the turn's own orphans."""
     number, other = unique(), unique()
     forks = ("trap 'sleep %s & exit' USR1; while :; do sleep 0.01; done" % number)
     pids = os.path.join(engine.folder, "pids")
@@ -622,6 +623,27 @@ def test_starting_reads_no_process_table(begin, monkeypatch):
 
     monkeypatch.setattr(replicas_engine, "processes", refuse)
     assert begin().saved()["codex"]["started"] > 0
+
+
+def test_an_orphan_of_what_was_there_before_codex(begin):
+    """What a script had started before it became the engine is no turn's, nor what that forks."""
+    helper = subprocess.Popen(["sh", "-c", "read go; (sleep 300 & echo $!); exec sleep 300"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        ticks = replicas_engine.process(helper.pid).started_ticks / os.sysconf("SC_CLK_TCK")
+        wait_for(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > ticks + 0.1)
+        turn = begin()
+        helper.stdin.write(b"go\n")
+        helper.stdin.close()
+        orphan = int(helper.stdout.readline())
+        assert turn.find() == {turn.pid} and turn.stop() == []
+        os.kill(orphan, signal.SIGKILL)
+        wait_for(lambda: os.waitpid(orphan, 0))
+    finally:
+        replicas_engine.prctl(replicas_engine.PR_SET_CHILD_SUBREAPER, 0)
+        with helper:
+            helper.kill()
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM])
