@@ -2368,18 +2368,6 @@ def begun_at(thread_id):
     return match and int(match.group(1) + match.group(2), 16) / 1000
 
 
-def likely_days(thread_id):
-    """The folders of the day on which the thread began, and of its neighbours.
-
-    Codex names the folder in its local time, which is at most a day off UTC.
-    """
-    seconds = begun_at(thread_id)
-    if seconds is None:
-        return []
-    days = [time.gmtime(seconds + shift * 86400) for shift in (0, -1, 1)]
-    return ["%04d/%02d/%02d" % day[:3] for day in days]
-
-
 def json_line(line):
     """The JSON text (RFC 8259) of a line, or None if the line isn't JSON: without the CR of a
     CRLF, a byte order mark and blanks around it."""
@@ -2615,7 +2603,8 @@ class Rollouts:
 
     def _search(self, thread_id):
         """Look for the thread's file wherever Codex may have put it."""
-        for folder in self._folders(thread_id):
+        # Twice among the days: it may be taken out of the archive meanwhile.
+        for folder in itertools.chain(self._days(), [self.archive], self._days()):
             for name in list_folder(folder):
                 match = thread_id in name and ROLLOUT_NAME.fullmatch(name)  # the first is cheap
                 if match and match.group(3) == thread_id:
@@ -2656,13 +2645,6 @@ class Rollouts:
         for folder in folders:
             for name in sorted(filter(ROLLOUT_NAME.fullmatch, list_folder(folder)), reverse=True):
                 yield name, os.path.join(folder, name)
-
-    def _folders(self, thread_id):
-        """Every folder in which the rollout may be, the likely ones first."""
-        for day in likely_days(thread_id):
-            yield os.path.join(self.sessions, day)
-        yield self.archive
-        yield from self._days()
 
     def _days(self):
         """The folders of all days, the last one first."""

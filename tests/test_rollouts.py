@@ -700,26 +700,6 @@ def test_an_id_is_no_pattern(tmp_path):
     assert Rollouts(str(tmp_path)).find("a_b") is None
 
 
-@pytest.mark.parametrize("hour", [0, 5, 11, 13, 23])
-@pytest.mark.parametrize("offset", [-12, -5, 0, 8, 14])
-def test_the_day_is_that_of_codexs_time_zone(tmp_path, monkeypatch, hour, offset):
-    """It is in one of the three folders that are looked into first, whatever TZ says now."""
-    moment = datetime.datetime(2024, 2, 29, hour, 30, tzinfo=datetime.timezone.utc)
-    local = moment.astimezone(datetime.timezone(datetime.timedelta(hours=offset)))
-    thread_id = uuid7(moment)
-    path = write(str(tmp_path / "sessions" / local.strftime("%Y/%m/%d") /
-                     name_of(thread_id, local)))
-    seen, listed = [], replicas_engine.list_folder
-
-    def list_and_note(folder):
-        seen.append(folder)
-        return listed(folder)
-
-    monkeypatch.setattr(replicas_engine, "list_folder", list_and_note)
-    assert Rollouts(str(tmp_path)).find(thread_id) == path
-    assert len(seen) <= 3
-
-
 @pytest.mark.parametrize("zone", ["XXX-14", "XXX+12"])
 def test_in_any_time_zone(make_engine, zone):
     engine = make_engine(TZ=zone)
