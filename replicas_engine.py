@@ -4137,7 +4137,7 @@ class Turn:
         self.id = turn_id
         self.options = options
         self.mark = log.header.get("mark") if log else os.urandom(16).hex()
-        self.folder = runner.state.files_folder(turn_id)
+        self.folder = runner.state.path_of(turn_id, "files")
         # For everybody
         self.ready = threading.Event()
         if log:
@@ -4613,13 +4613,9 @@ class StateDirectory:
             return None if try_flock(file, fcntl.LOCK_SH) else self._engine_with(file)
         return None
 
-    def turn_path(self, turn_id):
-        """Where a turn's log is."""
-        return os.path.join(self.turns, "%d.log" % turn_id)
-
-    def files_folder(self, turn_id):
-        """Where the files are that Codex takes for a turn."""
-        return os.path.join(self.turns, "%d.files" % turn_id)
+    def path_of(self, turn_id, kind):
+        """Where that is of a turn: its log, files, message, reset or told."""
+        return os.path.join(self.turns, "%d.%s" % (turn_id, kind))
 
     def _entries(self, kind, broken=False):
         """(turn id, path) of the files of that kind, by turn; of those set aside if `broken`.
@@ -4635,20 +4631,16 @@ class StateDirectory:
     def create_log(self, turn_id, header):
         """The log of a new turn.  Raises OSError."""
         self._make_turns()
-        path = self.turn_path(turn_id)
+        path = self.path_of(turn_id, "log")
         if os.path.lexists(path):
             set_aside(path, "it lies where the log of a new turn belongs")
         return TurnLog.create(path, header)
-
-    def message_path(self, turn_id):
-        """Where the message of a turn is that waits."""
-        return os.path.join(self.turns, "%d.message" % turn_id)
 
     def create_queued(self, turn_id, message, header):
         """The log of a turn that waits, and its message (bytes) beside it, both on the disk.
         Raises OSError."""
         self._make_turns()
-        path = self.message_path(turn_id)
+        path = self.path_of(turn_id, "message")
         make_way(path)
         try:
             write_synced(path, message)
@@ -4661,7 +4653,7 @@ class StateDirectory:
 
     def load_message(self, turn_id):
         """The object that the client sent.  Raises OSError, and ValueError if it is broken."""
-        with open_regular(self.message_path(turn_id)) as file:
+        with open_regular(self.path_of(turn_id, "message")) as file:
             return json_object(file.read().decode())
 
     def has_message(self, turn_id):
@@ -4671,7 +4663,7 @@ class StateDirectory:
     def delete_message(self, turn_id):
         """It isn't needed any more, if there is one."""
         with contextlib.suppress(OSError):
-            os.unlink(self.message_path(turn_id))
+            os.unlink(self.path_of(turn_id, "message"))
 
     def delete_messages(self, wanted):
         """Delete those of turns that aren't in `wanted`: an engine ended while it wrote them."""
@@ -4736,12 +4728,11 @@ class StateDirectory:
 
     def write_reset(self, turn_id, thread_id=None):
         """Note what the thread is behind that turn.  Raises OSError."""
-        self._write_mark("%d.reset" % turn_id, (thread_id or "").encode())
+        self._write_mark(self.path_of(turn_id, "reset"), (thread_id or "").encode())
 
-    def _write_mark(self, name, text=b""):
+    def _write_mark(self, path, text=b""):
         """Have the disk hold a small file.  Raises OSError."""
         self._make_turns()
-        path = os.path.join(self.turns, name)
         make_way(path)
         write_synced(path, text)
         sync_directory(self.turns)
@@ -4756,7 +4747,7 @@ class StateDirectory:
         OSError."""
         old = self._entries("told")
         if turn_id is not None:
-            self._write_mark("%d.told" % turn_id)
+            self._write_mark(self.path_of(turn_id, "told"))
         for number, path in old:
             if number != turn_id:
                 self._delete(path)
@@ -4883,7 +4874,7 @@ class Conversation:
             self.recovered.wait()           # with its ending, or as far as there is one
             return turn_log
         try:
-            return TurnLog.open(self.state.turn_path(turn_id))
+            return TurnLog.open(self.state.path_of(turn_id, "log"))
         except (FileNotFoundError, ValueError):
             raise NoSuchTurn("there was no turn yet" if not self.latest else "turn %d was never "
                              "started, or is no longer kept" % turn_id) from None
@@ -5095,7 +5086,7 @@ class Conversation:
         with contextlib.suppress(OSError):
             for turn_id in reversed(self.state.turn_ids()):
                 with contextlib.suppress(HTTPError, OSError, ValueError):
-                    summary = turn_summary(TurnLog.open(self.state.turn_path(turn_id)))
+                    summary = turn_summary(TurnLog.open(self.state.path_of(turn_id, "log")))
                     error = summary["error"]
                     if summary["status"] == "failed" and not (
                             isinstance(error, dict) and error.get("code") in NO_FAILURES):
