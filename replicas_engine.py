@@ -170,6 +170,14 @@ def boot_id():
         return None
 
 
+def do_all(*steps):
+    """Call each, in this order, whatever goes wrong in those before it; the last exception is
+    raised."""
+    with contextlib.ExitStack() as stack:   # which calls the last one first
+        for step in reversed(steps):
+            stack.callback(step)
+
+
 def start_thread(name, target, *args):
     """Start a daemon thread, and return it."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
@@ -4295,22 +4303,16 @@ class Turn:
         if waited and not self.run and self.runner.put_back(self, problem):
             return
         self.runner.could_not_start(self, problem, waited)
-        with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
-            if waited:                      # there is a log, which will say it
-                code = self.stop_code or "not_started"
-                self.progress.terminal = "turn.failed" if code == "not_started" else None
-                stack.callback(self._release)
-                stack.callback(self.end_unstarted, STOP_MESSAGES.get(
-                    code, str(problem)[:MAX_FAILURE_MESSAGE]), code, self._release)
-            else:
-                self.problem = problem
-                stack.callback(self.be_over)
-                stack.callback(self.ready.set)
-                stack.callback(self.runner.not_started, self)
-            stack.callback(self.leave)
-            stack.callback(self.steers.close, self.run)
-            if self.run:
-                self.run.child.kill()
+        if waited:                          # there is a log, which will say it
+            code = self.stop_code or "not_started"
+            self.progress.terminal = "turn.failed" if code == "not_started" else None
+            end = (lambda: self.end_unstarted(STOP_MESSAGES.get(
+                code, str(problem)[:MAX_FAILURE_MESSAGE]), code, self._release), self._release)
+        else:
+            self.problem = problem
+            end = (lambda: self.runner.not_started(self), self.ready.set, self.be_over)
+        do_all(lambda: self.run and self.run.child.kill(), lambda: self.steers.close(self.run),
+               self.leave, *end)
 
     def _relay(self):
         """Let Codex have its prompt and publish what it prints, until it has exited and all of that
@@ -4409,13 +4411,9 @@ class Turn:
 
     def _end(self):
         """Give the log its ending and let the next turn start, whatever goes wrong on the way."""
-        with contextlib.ExitStack() as stack:           # the last one first
-            for step in (self.runner.prune, reap_orphans, self._release, self.be_over,
-                         self._await_exit, self._finish_log, self.leave):
-                stack.callback(step)
-            stack.callback(self.steers.close, self.run)
-            stack.callback(self._give_up_pending)
-            stack.callback(self.ready.set)
+        do_all(self.ready.set, self._give_up_pending, lambda: self.steers.close(self.run),
+               self.leave, self._finish_log, self._await_exit, self.be_over, self._release,
+               reap_orphans, self.runner.prune)
 
     def _give_up_pending(self):
         """Nobody gets the events that the log could not take, nor an end that was among them."""
@@ -5308,14 +5306,8 @@ class CodexRunner(Conversation):
 
     def _recover(self, broken):
         """The recovery thread: end what an earlier engine did not, one turn after the other."""
-        with contextlib.ExitStack() as stack:           # the last one first, whatever goes wrong
-            stack.callback(self.start_next)
-            stack.callback(self.prune)
-            stack.callback(self.recovered.set)
-            stack.callback(self._tell)
-            stack.callback(self.recall_failure)
-            for turn_log in reversed(broken):
-                stack.callback(self._end_broken, turn_log)
+        do_all(*(functools.partial(self._end_broken, turn_log) for turn_log in broken),
+               self.recall_failure, self._tell, self.recovered.set, self.prune, self.start_next)
 
     def _end_broken(self, turn_log):
         """Stop what is left of a turn that was cut short, and give its log an ending."""
