@@ -2707,26 +2707,20 @@ def cursor_is_gone(why):
     return HTTPError(410, "Cursor is gone", "after %s: read the history from its beginning" % why)
 
 
-class HistoryQuery:
-    """The parameters of `GET /codex/history`: `tail` and `limit`, numbers of lines or None, and
-    `offset`, the place that `after` names.  Raises HTTPError 400 or 410."""
-
-    def __init__(self, query, thread_id):
-        self.tail = whole_number(query, "tail")
-        self.limit = whole_number(query, "limit", least=1)
-        if self.tail is not None and "after" in query:
-            raise bad_parameter("tail", "and after exclude each other")
-        self.offset = self._offset(query["after"], thread_id) if "after" in query else 0
-
-    @staticmethod
-    def _offset(cursor, thread_id):
-        """The place that a cursor names."""
-        match = re.fullmatch(r"([0-9A-Za-z_-]{1,128})\.([0-9]{1,15})", cursor)
-        if not match:
-            raise bad_parameter("after", "must be a cursor that GET /codex/history gave")
-        if match.group(1) != thread_id:
-            raise cursor_is_gone("is of another thread")
-        return int(match.group(2))
+def history_query(query, thread_id):
+    """(tail, limit, offset) of `GET /codex/history`: two numbers of lines or None, and the place
+    that `after` names.  Raises HTTPError 400 or 410."""
+    tail, limit = whole_number(query, "tail"), whole_number(query, "limit", least=1)
+    if "after" not in query:
+        return tail, limit, 0
+    if tail is not None:
+        raise bad_parameter("tail", "and after exclude each other")
+    match = re.fullmatch(r"(%s)\.([0-9]{1,15})" % THREAD_ID, query["after"])
+    if not match:
+        raise bad_parameter("after", "must be a cursor that GET /codex/history gave")
+    if match.group(1) != thread_id:
+        raise cursor_is_gone("is of another thread")
+    return None, limit, int(match.group(2))
 
 
 def entity_tag(reader, request):
@@ -2746,39 +2740,34 @@ def matches(condition, tag):
     return condition.strip() == "*" or tag[len("W/"):] in tags
 
 
-def open_history(request, reader, thread_id, wanted, max_size):
-    """The answer from an open rollout, which it closes unless its text is still to be sent."""
-    with contextlib.ExitStack() as stack:
+def history_response(request, rollouts, thread_id, max_size):
+    """The answer to `GET /codex/history` while `thread_id` is the current thread, or None; a
+    compressed rollout may have at most `max_size` bytes."""
+    tail, limit, offset = history_query(request.query(), thread_id)
+    if thread_id is None:
+        return json_response({"message": "No active thread", "thread_id": None, "events": []})
+    with readable_rollout(thread_id), contextlib.ExitStack() as stack:
+        reader = rollouts.open(thread_id)
+        if reader is None and offset:
+            raise cursor_is_gone("is beyond the end")
+        if reader is None:
+            return json_response({"thread_id": thread_id, "events": [],
+                                  "cursor": "%s.0" % thread_id})
         stack.callback(reader.close)
         headers = [("Content-Type", "application/json"), ("Vary", "Accept-Encoding"),
                    ("Cache-Control", "private, no-cache"), ("ETag", entity_tag(reader, request))]
         if matches(request.header("If-None-Match"), headers[-1][1]):
             return Response([], 304, headers[1:])
         reader.unpack(max_size)
-        begin = wanted.offset if wanted.tail is None else reader.last_lines(wanted.tail)
+        begin = offset if tail is None else reader.last_lines(tail)
         if not reader.is_line(begin):
             raise cursor_is_gone("is not a place in this thread's history")
         coding = iter
         if accepts_gzip(request):
             headers.append(("Content-Encoding", "gzip"))
             coding = compress
-        stack.pop_all()
-        return Response(HistoryPage(thread_id, reader, begin, wanted.limit, coding), 200, headers)
-
-
-def history_response(request, rollouts, thread_id, max_size):
-    """The answer to `GET /codex/history` while `thread_id` is the current thread, or None; a
-    compressed rollout may have at most `max_size` bytes."""
-    wanted = HistoryQuery(request.query(), thread_id)
-    if thread_id is None:
-        return json_response({"message": "No active thread", "thread_id": None, "events": []})
-    with readable_rollout(thread_id):
-        reader = rollouts.open(thread_id)
-        if reader:
-            return open_history(request, reader, thread_id, wanted, max_size)
-    if wanted.offset:
-        raise cursor_is_gone("is beyond the end")
-    return json_response({"thread_id": thread_id, "events": [], "cursor": "%s.0" % thread_id})
+        stack.pop_all()                     # its text is still to be sent
+        return Response(HistoryPage(thread_id, reader, begin, limit, coding), 200, headers)
 
 
 # ---------------------------------------------------------------------------------------------
