@@ -1481,18 +1481,26 @@ class TurnLog:
 
     def open_file(self):
         """The file, to read from.  Raises HTTPError: NoSuchTurn if it is no longer kept."""
-        try:
+        with self._explained():
             return open_regular(self.path, buffering=0)
-        except FileNotFoundError:
-            raise NoSuchTurn("turn %d is no longer kept" % self.turn_id) from None
-        except (OSError, ValueError) as error:
-            raise self._unreadable(error) from None
 
-    def _unreadable(self, error):
-        """The HTTPError for what keeps the file from being read: it is broken, or the disk is."""
-        if isinstance(error, OSError):
-            return unavailable("The turn's log can't be read", explanation(error, "see its disk"))
-        return NoSuchTurn("turn %d's log is broken: %s" % (self.turn_id, error))
+    @contextlib.contextmanager
+    def reading(self):
+        """The open file, within; what goes wrong there is an HTTPError."""
+        with self._explained(), self.open_file() as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _explained(self):
+        """Within, what keeps the file from being read becomes an HTTPError: it is gone, or broken,
+        or the disk is."""
+        with explained("The turn's log can't be read", "see its disk"):
+            try:
+                yield
+            except FileNotFoundError:
+                raise NoSuchTurn("turn %d is no longer kept" % self.turn_id) from None
+            except ValueError as error:
+                raise NoSuchTurn("turn %d's log is broken: %s" % (self.turn_id, error)) from None
 
     def read(self, file, offset, limit):
         """Up to `limit` bytes of the open `file` from `offset` on; b"" at the end of what is
@@ -1534,15 +1542,6 @@ class TurnLog:
                         break
                     found = begin - 2
         return found + 2
-
-    @contextlib.contextmanager
-    def reading(self):
-        """The open file, within; what goes wrong there is an HTTPError."""
-        with self.open_file() as file:
-            try:
-                yield file
-            except (OSError, ValueError) as error:
-                raise self._unreadable(error) from None
 
     def backwards(self, file):
         """(offset, (number, type, data)) of the events in the open `file`, the last one first.
@@ -4860,14 +4859,12 @@ class Conversation:
         if turn_log:
             self.recovered.wait()           # with its ending, or as far as there is one
             return turn_log
-        try:
-            return TurnLog.open(self.state.path_of(turn_id, "log"))
-        except (FileNotFoundError, ValueError):
-            raise NoSuchTurn("there was no turn yet" if not self.latest else "turn %d was never "
-                             "started, or is no longer kept" % turn_id) from None
-        except OSError as error:
-            raise unavailable("The turn's log can't be read",
-                              explanation(error, "see its disk")) from None
+        with explained("The turn's log can't be read", "see its disk"):
+            try:
+                return TurnLog.open(self.state.path_of(turn_id, "log"))
+            except (FileNotFoundError, ValueError):
+                raise NoSuchTurn("turn %d was never started, or is no longer kept" % turn_id
+                                 if self.latest else "there was no turn yet") from None
 
     def first_unfinished(self):
         """The id of the first turn that isn't over, or of the one that comes next."""
