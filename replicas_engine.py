@@ -493,8 +493,6 @@ class StderrHandler(logging.Handler):
     which alone writes, takes it from there.  It may be held up: a pipe is full, a terminal was
     stopped by Ctrl-S.  Then MAX_WAITING_LINES are kept for it; what comes after them is dropped
     and counted, like what could not be written at all (a full disk).
-
-    Under systemd a line begins with its priority, elsewhere with the time.
     """
 
     def __init__(self, journal):
@@ -534,7 +532,7 @@ class StderrHandler(logging.Handler):
         return (prefix + text).encode("utf-8", "backslashreplace")[:MAX_LINE] + b"\n"
 
     def _write_lines(self):
-        """The log thread: it alone writes, so that nobody else waits for standard error."""
+        """The log thread."""
         while True:
             waiting = [self.waiting.get()]
             # Others may come: waking up for each costs 25 % of the requests of one connection.
@@ -997,22 +995,19 @@ class Request:
 
 def whole_number(query, name, least=0, most=10 ** 15 - 1):
     """The parameter `name` of a query as an int, or None if it isn't there."""
-    text = query.get(name, str(least))
+    if name not in query:
+        return None
+    text = query[name]
     if not re.fullmatch(r"[0-9]{1,15}", text) or not least <= int(text) <= most:
         raise bad_parameter(name, "must be a whole number from %d %s" % (
             least, "up" if most == 10 ** 15 - 1 else "to %d" % most))
-    return int(text) if name in query else None
+    return int(text)
 
 
 def prefers_async(request):
     """RFC 7240, 4.1: whether the client prefers an answer at once."""
     preferences = (request.header("Prefer") or "").split(",")
     return any(item.partition(";")[0].strip().lower() == "respond-async" for item in preferences)
-
-
-def accepts_events(request):
-    """Whether Accept names an event stream."""
-    return "text/event-stream" in (request.header("Accept") or "").lower()
 
 
 def accepts_gzip(request):
@@ -1053,7 +1048,7 @@ class Router:
 
     def _methods(self, path):
         """The methods of a path with their handlers, or None."""
-        if path.endswith("/N"):             # as somebody wrote it who had read the table
+        if path.endswith("/N"):             # in a request that is no number
             return None
         return self.paths.get(re.sub(r"/[0-9]{1,15}\Z", "/N", path))
 
@@ -1609,7 +1604,7 @@ class EventStream:
     def __next__(self):
         """Events, or a comment, or b"" after a while without either."""
         data = self._read()
-        if data is None:
+        if data is None and self.next_comment:      # at first a comment goes out at once
             self._wait()
             data = self._read()
         now = time.monotonic()
@@ -1627,7 +1622,7 @@ class EventStream:
         """What there is to send, or None if there is nothing yet.  A stream that can't go on ends
         without `done`, so that its client comes back."""
         if self.log is None:
-            return None if self.next_comment else b""
+            return None
         over = self.log.finished or self.log.left   # looked at first: no event comes after it
         try:
             data = self.log.read(self.file, self.offset, STREAM_SIZE)
@@ -1643,7 +1638,7 @@ class EventStream:
         if over:
             self.turn_id, self.log = self.log.turn_id, None
             self.file.close()
-        return None if self.next_comment else b""
+        return None
 
     def _wait(self):
         """Wait for an event or a turn, CLIENT_CHECK_INTERVAL at most."""
@@ -5962,7 +5957,8 @@ class Application:
                             "it is blank" if isinstance(message, str) and message else None)
         # Who queues a message may have both: a preference in general, and a stream here.
         streams = not prefers_async(request) or (
-            body.get("when_busy") == "queue" and accepts_events(request))
+            body.get("when_busy") == "queue"
+            and "text/event-stream" in (request.header("Accept") or "").lower())
         if streams:
             check_room_for_stream(request)
         key = request.header("Idempotency-Key")
@@ -7533,6 +7529,7 @@ def serve(settings):
     logger.info("replicas-engine %s is listening on %s, pid %d", __version__,
                 " and ".join(address_text(listener.getsockname()) for listener in listeners),
                 os.getpid())
+    # Of systemd's sockets, one has to be where HOST and PORT say: the one that fits best counts.
     settings.problems += min((socket_problems(settings, listener.getsockname())
                               for listener in inherited), key=len, default=[])
     stop = threading.Event()
