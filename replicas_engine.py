@@ -2974,12 +2974,8 @@ IMAGE_TYPES = ((rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpg"),
                (rb"GIF8[79]a", "gif"), (rb"RIFF....WEBP", "webp"))
 
 
-class TurnFile:
-    """Something that Codex takes only as a file, which is there while its turn runs."""
-
-    def __init__(self, name, data):
-        self.name = name
-        self.data = data
+# Something that Codex takes only as a file, which is there while its turn runs
+TurnFile = collections.namedtuple("TurnFile", "name data")
 
 
 def _write_turn_file(word, folder):
@@ -6972,9 +6968,6 @@ class WSGIServer(ThreadingHTTPServer):
     endless answer should be given.  Where no thread can be started, connections are treated as if
     they were beyond the limit, and RESERVE_THREADS that exist already see to them.
     """
-
-    daemon_threads = True
-    block_on_close = False
 
     def __init__(self, listeners, application, max_connections, always=(),
                  admits=lambda environ: False):
