@@ -200,9 +200,9 @@ def test_kill_at_thirty_moments_of_a_turn(engine, tmp_path):
         assert not is_alive(codex)
         if thread:
             assert events[0].json()["thread_id"] == thread
-        thread = engine.status()["thread_id"] or thread
-        if moment:
-            assert events[0].json()["thread_id"] == thread == engine.status()["thread_id"]
+        if moment:                          # else Codex may have had no rollout of it yet
+            thread = engine.status()["thread_id"]
+            assert events[0].json()["thread_id"] == thread
         assert engine.events(turn) == events
         wait_for(lambda: engine.status()["turn"]["status"] != "running")
         check_state(engine)
