@@ -6189,7 +6189,6 @@ SEND_TIMEOUT = 40.0                        # seconds in which the client takes n
 VANISHED_TIMEOUT = 45.0                    # seconds in which he acknowledges nothing, nor takes it
 PROBE_AFTER, PROBE_INTERVAL = 30, 5        # seconds of silence until the kernel asks if he is there
 LINGER_TIMEOUT, LINGER_PAUSE = 60.0, 10.0  # seconds of reading behind a last answer; between bytes
-MAX_LINGER_BYTES = 256 * 1024 * 1024       # bytes that are read behind a last answer
 MAX_SPARE_CONNECTIONS = 32                 # above the limit, for who is always answered
 SPARE_TIMEOUT = 2.0                        # seconds in which their request must be there
 FIRST_BYTE_TIMEOUT = 1.0                   # seconds that a new connection has at the server's end
@@ -6492,16 +6491,11 @@ class Connection:
         Many a client reads it only when everything is sent, so they get about as much time as
         for nothing at all.  Who has read it and closes is let go at once.
         """
-        deadline, size = time.monotonic() + LINGER_TIMEOUT, 0
-        try:
+        deadline = time.monotonic() + LINGER_TIMEOUT
+        with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-            while size < MAX_LINGER_BYTES and time.monotonic() < deadline:
+            while time.monotonic() < deadline and self.receive(LINGER_PAUSE):
                 self.buffer = b""
-                if not self.receive(LINGER_PAUSE):
-                    break
-                size += len(self.buffer)
-        except OSError:
-            pass
 
 
 class RequestBody(io.RawIOBase):
