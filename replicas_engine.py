@@ -2871,8 +2871,9 @@ def base_url_arguments(settings):
 def codex_arguments(settings, codex, options, thread_id):
     """The command line of a turn: every option goes before `resume`, an image behind it."""
     resume = ["resume", thread_id] if thread_id else []
+    images = [word for path in options.images for word in ("--image", path)]
     return [codex.program, "exec", "--json", "--skip-git-repo-check", "--cd", settings.workspace,
-            *base_url_arguments(settings), *options.arguments, *resume, *options.images]
+            *base_url_arguments(settings), *options.arguments, *resume, *images]
 
 
 class CodexFinder:
@@ -3106,7 +3107,7 @@ def _web_search(value):
 # A key of the request; (value, settings) -> what goes to Codex; what goes to Codex -> words of its
 # command line; what goes to Codex -> the first version that can do it, or None for every one.
 TurnOption = collections.namedtuple("TurnOption", "key check arguments since",
-                                    defaults=[lambda value: None])
+                                    defaults=[lambda value: [], lambda value: None])
 TURN_OPTIONS = (
     TurnOption("model", _name, lambda model: ["--model=" + model]),
     TurnOption("reasoning_effort", _one_of(*REASONING_EFFORTS),
@@ -3117,17 +3118,17 @@ TURN_OPTIONS = (
                lambda on: config_argument("sandbox_workspace_write.network_access", on)),
     TurnOption("web_search", _boolean, _web_search),
     TurnOption("output_schema", _schema, lambda file: ["--output-schema", file]),
-    TurnOption("deltas", _boolean, lambda on: [], lambda on: FIRST_LIVE if on else None),
-    TurnOption("thread_id", _thread, lambda thread_id: []),
-    TurnOption("when_busy", _one_of("reject", "queue", "steer"), lambda word: []),
-    TurnOption("images", _images,
-               lambda files: [word for file in files for word in ("--image", file)],
+    TurnOption("deltas", _boolean, since=lambda on: FIRST_LIVE if on else None),
+    TurnOption("thread_id", _thread),
+    TurnOption("when_busy", _one_of("reject", "queue", "steer")),
+    TurnOption("images", _images, lambda files: files,
                lambda files: FIRST_WITH_IMAGES if files else None),
 )
 
 
 class TurnOptions:
-    """The message of one turn, and its options as Codex's arguments, TurnFiles still among them.
+    """The message of one turn, and its options as Codex's arguments, TurnFiles still among them;
+    `images` has the images' files alone.
 
     Raises HTTPError 400 that names the key whose value can't be used.
     """
@@ -3164,10 +3165,10 @@ class TurnOptions:
     def saved(self):
         """A body that makes the same options later, though an image's file may be gone: bytes."""
         from base64 import b64encode        # wanted by few turns
-        return json.dumps(dict(self.body, images=[
-            "data:image/%s;base64,%s" % (file.name.rpartition(".")[2],
-                                         b64encode(file.data).decode())
-            for file in self.images[1::2]])).encode()
+        urls = ["data:image/%s;base64,%s" % (file.name.rpartition(".")[2],
+                                             b64encode(file.data).decode())
+                for file in self.images]
+        return json.dumps(dict(self.body, images=urls)).encode()
 
     def is_live(self, version):
         """Whether the turn goes through the app-server of a Codex of that version, or None."""
@@ -3491,7 +3492,7 @@ class AppServer:
         """The request that starts the turn: images first, as exec has them."""
         schema = self._options.values.get("output_schema")
         return _request(TURN, "turn/start", threadId=self.thread_id, input=[
-            *({"type": "localImage", "path": path} for path in self._options.images[1::2]),
+            *({"type": "localImage", "path": path} for path in self._options.images),
             {"type": "text", "text": self._message}],
             outputSchema=schema and json.loads(schema.data))
 
