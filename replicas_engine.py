@@ -1327,7 +1327,7 @@ class TurnLog:
             return False
         self.error = None
         if not self.last:
-            self._find_thread(data[:READ_SIZE])     # a longer one is another event
+            self._find_thread(data[:READ_SIZE])     # a longer event is no thread.started
         count, self._pending = len(self._pending), []
         self._publish(len(data), count)
         return True
@@ -4548,9 +4548,9 @@ class StateDirectory:
         except BaseException:
             file.close()
             raise
-        file, self._lock_file = self._lock_file, file
-        if file:
-            file.close()
+        old, self._lock_file = self._lock_file, file
+        if old:                             # the lock of a directory that was deleted
+            old.close()
 
     def _make_turns(self):
         """Have the folder of turns there; where somebody has deleted the directory, with a lock, or
@@ -4839,13 +4839,14 @@ class Conversation:
 
         Raises HTTPError 404, 503, and what kept Codex from starting if it was just about to.
         """
+        is_newest = turn_id is None
         with self.lock:
-            wanted, turn_id = turn_id, self._newest() if turn_id is None else turn_id
+            turn_id = self._newest() if is_newest else turn_id
             turn_log = self.logs.get(turn_id)
             turn = self._in_progress(turn_id)
         if turn:
             turn.ready.wait()
-            if turn.problem and wanted is None:         # the newest is another one now
+            if turn.problem and is_newest:      # it never was: another one is the newest now
                 return self.turn_log()
             return turn.log_once_started()
         if turn_log:
