@@ -4636,7 +4636,7 @@ class StateDirectory:
 
     def has_message(self, turn_id):
         """Whether one is there for the next engine."""
-        return os.path.lexists(self.message_path(turn_id))
+        return os.path.lexists(self.path_of(turn_id, "message"))
 
     def delete_message(self, turn_id):
         """It isn't needed any more, if there is one."""

@@ -303,6 +303,7 @@ class Pieces(replicas_engine.Connection):
     def __init__(self, pieces):
         self.pieces = [piece for piece in pieces if piece]
         self.buffer = b""
+        self.cut = False
         self.sock = None
 
     def receive(self, seconds):
