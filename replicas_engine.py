@@ -1531,7 +1531,7 @@ class TurnLog:
         with self.reading() as file:
             needle = b"\n\nid: %d.%d\n" % (self.turn_id, number + 1)
             found = find_first(reader_of(file), needle, self.start - 2)
-            if found < 0:                   # in the gap that a power cut left: the ending is next
+            if found < 0:       # its number is in the gap that a power cut left before the ending
                 for begin, event in self.backwards(file):
                     if event[0] <= number:
                         break
@@ -4652,16 +4652,16 @@ class StateDirectory:
     def load_logs(self):
         """The logs that can be read, oldest first, and the newest turn's id, readable or not."""
         logs, newest = [], 0
-        whole = self._entries("log")
-        for turn_id, path in sorted(whole + self._entries("log", broken=True)):
+        for turn_id, path in sorted(self._entries("log") + self._entries("log", broken=True)):
+            is_whole = path.endswith(".log")
             try:
                 if turn_id > newest + MAX_ID_GAP:
                     raise ValueError("its number is too high")
                 newest = turn_id            # also if it can't be read: no id is given twice
-                if (turn_id, path) in whole:
+                if is_whole:
                     logs.append(TurnLog.open(path))
             except (OSError, ValueError) as error:
-                if (turn_id, path) in whole:
+                if is_whole:
                     self.pass_over(path, error)
         return logs, newest
 
@@ -4883,7 +4883,7 @@ class Conversation:
                 with contextlib.suppress(NoSuchTurn):
                     return self.turn_log(wanted)
         with self.lock:
-            if self.logged > turn_id:       # it is no longer kept: wait for another
+            if self.logged > turn_id:       # that was deleted again: wait for another
                 self.changed.wait(seconds)
         return None
 
@@ -5509,10 +5509,11 @@ class CodexRunner(Conversation):
     def _take_out(self, turn_id=None):
         """Take a turn, or every one, out of the queue: those to be ended; the others, which are
         ended by who is writing them, or just starts them; and how many were not taken before."""
-        turns = [turn for turn in (self.current, *self.queue.values())
-                 if turn and turn_id in (None, turn.id) and turn.stop_code in (None, "cancelled")
-                 # of the one in progress the message waits until Codex gets it
-                 and (turn is not self.current or turn.ready.is_set() and not turn.is_begun)]
+        turns = list(self.queue.values())
+        if self.current and self.current.ready.is_set() and not self.current.is_begun:
+            turns.append(self.current)      # it has waited, and Codex has not got its message yet
+        turns = [turn for turn in turns if turn_id in (None, turn.id)
+                 and turn.stop_code in (None, "cancelled")]
         count = sum(turn.stop_code is None for turn in turns)
         waiting = [turn for turn in turns if turn.ready.is_set() and turn is not self.current]
         for turn in turns:
@@ -6832,6 +6833,7 @@ class WSGIRequestHandler:
         """The next request's line and fields with their CRLFs, or None if there is none."""
         connection, searched, begun = self.connection, 0, False
         begin = time.monotonic()
+        # None is IDLE_TIMEOUT from now, which the socket has already.
         deadline = begin + SPARE_TIMEOUT if self.spare else None
         while True:
             if connection.buffer.startswith(b"\r\n"):       # 2.2: empty lines before a request
