@@ -81,6 +81,7 @@ class Loop:
     """A client that runs."""
 
     def __init__(self, client, engine, message, *more, port=None):
+        self.engine = engine
         self.path = os.path.join(engine.folder, "client.out")
         url = "http://127.0.0.1:%d" % (port or engine.port)
         with open(self.path, "wb") as output:
@@ -96,6 +97,9 @@ class Loop:
     def end(self):
         try:
             return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError("the client does not end: %s\n%s" % (
+                self.lines(), self.engine.log()[-8000:])) from None
         finally:
             if self.process.poll() is None:
                 self.process.kill()
