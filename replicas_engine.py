@@ -4813,7 +4813,9 @@ class Conversation:
         self.logs = {turn_log.turn_id: turn_log for turn_log in unfinished}
         self.queue = {turn_log.turn_id: Turn(self, turn_log.turn_id, log=turn_log)
                       for turn_log in unfinished if turn_log.is_queued}
-        self.state.delete_messages(self.queue)
+        # Those of logs that can't be read now are for another engine.
+        unread = set(self.state.turn_ids()) - {turn_log.turn_id for turn_log in logs}
+        self.state.delete_messages({*self.queue, *unread})
         return [turn_log for turn_log in unfinished if not turn_log.is_queued]
 
     # What the API asks for, from any thread

@@ -1,6 +1,7 @@
 """Messages that wait for their turn: in order, once, and over every restart."""
 
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -532,3 +533,23 @@ def test_kill_9_at_any_moment(engine, seed):
         assert result(engine, first)["status"] in ("completed", "failed")
     order = [prompt for prompt in engine.prompts() if prompt.startswith("round")]
     assert order == sorted(order) and len(order) == len(set(order))
+
+
+def test_a_log_that_cannot_be_read_at_one_start(busy, monkeypatch):
+    """What an engine passes over, with its message, is there for the next one."""
+    turn = put(busy, "precious")
+    assert busy.stop() == 0
+    unbroken = replicas_engine.TurnLog.open
+
+    def broken(path):
+        if path == busy.runner().state.path_of(turn, "log"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return unbroken(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(replicas_engine.TurnLog, "open", broken)
+        runner = busy.runner()
+        runner.open()
+        assert runner.recovered.wait(harness.PATIENCE) and not runner.queue
+        runner.close()
+    busy.start()
+    assert result(busy, turn)["final_message"] == "You said: precious"
