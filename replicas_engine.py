@@ -826,7 +826,11 @@ class Settings:
         path = self.env.get(name, default)
         if path == "~" or path.startswith("~/"):
             path = self.home + path[1:]
-        return os.path.abspath(path)
+        try:
+            return os.path.abspath(path)
+        except FileNotFoundError:
+            raise SettingsError("%s=%s can't be found: the working directory was deleted, and this "
+                                "is relative to it" % (name, shown(path))) from None
 
     def _sandbox(self):
         """One of Codex's sandbox modes, or None: leave it to Codex's own configuration."""
@@ -5772,7 +5776,10 @@ class Problems:
                 remedy = self.settings.remedy("set %s to one" % name)
             elif is_written and not os.access(there, os.W_OK | os.X_OK):
                 what = "it can't be " + ("written" if there == path else "made in " + there)
-                if not is_read_only:        # as what a service's unit doesn't let it write is
+                if is_read_only:            # as what a service's unit doesn't let it write is, too
+                    remedy = self.settings.remedy("its file system is read-only: mount it anew, or "
+                                                  "set %s" % name)
+                else:
                     remedy = ("sudo chown %d %s, if it is to be the engine's user's; else set %s"
                               if there == path else "sudo install -d -m 700 -o %d %s, or set %s"
                               ) % (os.geteuid(), path, name)
@@ -7563,6 +7570,9 @@ def main(arguments):
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    if sys.stdout:                          # a path may have what its encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())      # whoever started us may have blocked some
     start_logging()
     faulthandler.enable()                   # a traceback of what crashes Python itself
     threading.excepthook = sys.unraisablehook = log_uncaught

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -58,7 +59,7 @@ def complete(tmp_path):
 
 def check(env):
     result = run("--check", env=env, cwd=env["HOME"])
-    return result.returncode, result.stdout.decode()
+    return result.returncode, result.stdout.decode("utf-8", "replace")
 
 
 def test_check_finds_everything(complete):
@@ -132,6 +133,28 @@ def test_a_directory_that_cannot_be_written_is_not_to_be_made(complete, monkeypa
     (text, remedy), = find_problems(complete).items()
     assert "can't be written" in text and "make it" not in remedy and "WORKSPACE_HOME" in remedy
     assert find_problems(dict(complete, REPLICAS_ENGINE_SANDBOX="read-only")) == {}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_check_prints_any_path(complete, encoding):
+    env = dict(complete, PYTHONIOENCODING=encoding, WORKSPACE_HOME="/nowhere/\xfc\udcff")
+    status, output = check(env)
+    assert status == 1 and "Traceback" not in output
+    assert "MISSING workspace: WORKSPACE_HOME=/nowhere/" in output
+    assert "\nok      port: " in output     # it goes on to its end
+
+
+def test_a_relative_path_where_the_working_directory_was_deleted(complete):
+    program = "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.executable, sys.argv[1:])"
+    for arguments, expected in (([], 2), (["--check"], 1)):
+        folder = os.path.join(complete["HOME"], "gone")
+        os.mkdir(folder)
+        result = subprocess.run(
+            [sys.executable, "-c", program, sys.executable, "-I", harness.MODULE, *arguments],
+            env=dict(complete, WORKSPACE_HOME="here"), cwd=folder, timeout=harness.PATIENCE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert result.returncode == expected, result.stdout
+        assert b"WORKSPACE_HOME=here" in result.stdout and b"Traceback" not in result.stdout
 
 
 @pytest.mark.parametrize("name, folder", [("CODEX_HOME", ".codex"),
@@ -263,6 +286,16 @@ def test_a_state_directory_that_is_no_longer_what_it_was(make_engine, part, repl
         wait_for(lambda: " warning REPLICAS_ENGINE_STATE=%s: " % engine.state in engine.log())
         assert sum(found["problem"].startswith("REPLICAS_ENGINE_STATE=")
                    for found in engine.status()["problems"]) == 1
+
+
+def test_a_read_only_file_system_is_not_to_be_made(complete, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_flag=os.ST_RDONLY))
+    found = find_problems(complete)
+    for name in ("WORKSPACE_HOME", "CODEX_HOME", "REPLICAS_ENGINE_STATE"):
+        (text, remedy), = [pair for pair in found.items() if pair[0].startswith(name)]
+        assert "can't be " in text and "read-only" in remedy and name in remedy
+        assert "make it" not in remedy and "chown" not in remedy
 
 
 def test_directories_that_cannot_be_made_or_entered(complete, monkeypatch):
@@ -455,6 +488,19 @@ def test_the_state_is_private(engine):
         for name in files:
             mode = os.stat(os.path.join(folder, name)).st_mode
             assert stat.S_IMODE(mode) & 0o077 == 0 or name == "lock", name
+
+
+def test_signals_that_were_blocked(make_engine):
+    """By whoever started the engine: it ends when told, and Codex is none the worse."""
+    engine = make_engine(start=False)
+    engine.program = [sys.executable, "-c", "import os, signal, sys\n"
+                      "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])\n"
+                      "os.execv(sys.executable, sys.argv[1:])"] + list(engine.program)
+    engine.start()
+    engine.send("hi")
+    for pid in (engine.process.pid, "self"):
+        assert int(harness._proc(pid, "status").partition(b"SigBlk:")[2].split()[0], 16) == 0
+    assert engine.stop() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
