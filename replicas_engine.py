@@ -135,6 +135,8 @@ def words_of(error):
         return os.strerror(errno.ENOMEM)
     if isinstance(error, UnicodeDecodeError):
         return "byte %d is not UTF-8" % error.start
+    if isinstance(error, json.JSONDecodeError):
+        return "it is not JSON"
     if isinstance(error, (LookupError, TypeError, AttributeError)):     # a fault of ours
         return "%s: %s" % (type(error).__name__, error)
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -931,7 +933,8 @@ def not_startable(error):
 REMEDIES = {                               # of an OSError's number; others depend on the case
     errno.ENOSPC: "make room there", errno.EDQUOT: "make room there",
     errno.EACCES: "let the engine's user in", errno.EPERM: "let the engine's user in",
-    errno.EROFS: "let the engine's user write there", **dict.fromkeys(SHORTAGES, "try again")}
+    errno.EROFS: "let the engine write there, or name another place",
+    **dict.fromkeys(SHORTAGES, "try again")}
 
 
 def explanation(error, advice):
@@ -4648,9 +4651,14 @@ class StateDirectory:
             os.unlink(self.path_of(turn_id, "message"))
 
     def delete_messages(self, wanted):
-        """Delete those of turns that aren't in `wanted`: an engine ended while it wrote them."""
-        for turn_id, _ in self._entries("message"):
-            if turn_id not in wanted:
+        """Delete those of turns that aren't in `wanted`: an engine ended while it wrote them.  What
+        had a log, which is broken, is set aside with it."""
+        broken = dict(self._entries("log", broken=True))
+        for turn_id, path in self._entries("message"):
+            if turn_id in broken:
+                with contextlib.suppress(OSError):
+                    set_aside(path, "the log of its turn is broken")
+            elif turn_id not in wanted:
                 self.delete_message(turn_id)
 
     def load_logs(self):
@@ -4672,8 +4680,9 @@ class StateDirectory:
     @staticmethod
     def pass_over(path, error):
         """Leave a file alone that can't be read now; one that never can is set aside.  Raises the
-        OSError if it isn't about the file."""
-        if getattr(error, "errno", None) in SHORTAGES:
+        OSError if it isn't about the file, or somebody has but to let the engine read it: without
+        what a turn's log says, a message could run twice and a Codex run on."""
+        if getattr(error, "errno", None) in (*SHORTAGES, errno.EACCES, errno.EPERM):
             raise error
         if isinstance(error, OSError) and error.errno not in ALIEN:
             logger.error("%s is passed over: %s", path, words_of(error))
@@ -4860,10 +4869,14 @@ class Conversation:
             return turn_log
         with explained("The turn's log can't be read", "see its disk"):
             try:
-                return TurnLog.open(self.state.path_of(turn_id, "log"))
+                turn_log = TurnLog.open(self.state.path_of(turn_id, "log"))
             except (FileNotFoundError, ValueError):
                 raise NoSuchTurn("turn %d was never started, or is no longer kept" % turn_id
                                  if self.latest else "there was no turn yet") from None
+        if not turn_log.finished:           # and nobody is going to write it
+            raise unavailable("The turn's log could not be read when the engine started",
+                              "restart the engine, which gives it its ending")
+        return turn_log
 
     def first_unfinished(self):
         """The id of the first turn that isn't over, or of the one that comes next."""
@@ -5817,9 +5830,10 @@ class Problems:
         problems = list(self.settings.problems)
         try:
             pwd.getpwuid(os.getuid())
-        except KeyError:
-            problems.append(problem("the engine's user, with the id %d, was deleted" % os.getuid(),
-                                    self.settings.remedy("make it again", " --user NAME")))
+        except KeyError:                    # as in a container, where it may be meant so
+            if self.settings.is_service:
+                problems.append(problem("the service's user, with the id %d, is unknown here"
+                                        % os.getuid(), "sudo replicas-engine-setup --user NAME"))
         with contextlib.suppress(OSError):
             status = os.stat(SETTINGS_FILE)
             if self.settings.is_service and (status.st_uid or status.st_mode & 0o077):

@@ -96,7 +96,7 @@ def shutil_which_codex(change):
 def test_check_takes_a_login_for_a_key(complete, tmp_path):
     login, env = tmp_path / ".codex" / "auth.json", dict(complete)
     del env["CODEX_API_KEY"]
-    for text, why in (("", "Expecting value"), ('{"auth_mode":"apikey","last_refresh":"2026",'
+    for text, why in (("", "it is not JSON"), ('{"auth_mode":"apikey","last_refresh":"2026",'
                                                 '"OPENAI_API_KEY":null}', "no login"),
                       ('{"tokens":null}', "no login"), ("\xff", "UTF-8")):
         login.write_text(text, "latin-1")
@@ -394,7 +394,7 @@ def test_errors_are_told_without_python(error, words):
 @pytest.mark.parametrize("error, text", [
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room there"),
     (OSError(errno.EROFS, "Read-only file system", b"/x"),
-     "/x: Read-only file system: let the engine's user write there"),
+     "/x: Read-only file system: let the engine write there, or name another place"),
     (OSError(errno.EEXIST, "File exists", 7), "File exists: see README")])
 def test_what_to_do_fits_the_error(error, text):
     assert replicas_engine.explanation(error, "see README") == text

@@ -553,3 +553,37 @@ def test_a_log_that_cannot_be_read_at_one_start(busy, monkeypatch):
         runner.close()
     busy.start()
     assert result(busy, turn)["final_message"] == "You said: precious"
+
+
+@pytest.mark.parametrize("error", ["EACCES", "EIO"])
+def test_logs_that_cannot_be_read_at_a_start(busy, monkeypatch, error):
+    """Where the engine has but to be let in, it doesn't start, or a message could run twice; else
+    nobody waits for what nobody writes."""
+    busy.kill()
+    runner, number = busy.runner(), getattr(errno, error)
+    with monkeypatch.context() as patch:
+        patch.setattr(replicas_engine.TurnLog, "open", lambda path: (_ for _ in ()).throw(
+            OSError(number, os.strerror(number), path)))
+        if error == "EACCES":
+            with pytest.raises(PermissionError):
+                runner.open()
+            return
+        runner.open()
+        runner.recovered.wait()
+    with pytest.raises(replicas_engine.HTTPError) as caught:
+        runner.turn_log(1)
+    assert caught.value.status == 503 and "restart the engine" in str(caught.value)
+    runner.close()
+
+
+def test_the_message_of_a_broken_log_is_set_aside(busy):
+    turn = put(busy, "precious")
+    busy.kill()
+    folder = os.path.join(busy.state, "turns")
+    with open(os.path.join(folder, "%d.log" % turn), "r+b") as file:
+        file.write(bytes(os.path.getsize(file.name)))
+    busy.gate.touch()
+    busy.start()
+    assert "%d.message is set aside" % turn in busy.log()
+    with open(os.path.join(folder, "%d.message.broken" % turn), "rb") as file:
+        assert b"precious" in file.read()
