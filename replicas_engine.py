@@ -5325,8 +5325,15 @@ class CodexRunner(Conversation):
     def _sync_logs(self):
         """The sync thread: a power cut takes a second of a turn at most, and an ending that the
         disk could not take gets there a second after it can."""
-        while not self._closed.wait(SYNC_INTERVAL):
+        clock = time.time() - time.monotonic()
+        while True:
+            time.sleep(SYNC_INTERVAL)       # by the monotonic clock, in every Python
+            if self._closed.is_set():
+                return
             try:
+                before, clock = clock, time.time() - time.monotonic()
+                if clock < before - SYNC_INTERVAL:
+                    self._wake_all()
                 turn = self.current
                 if turn and turn.log:
                     turn.log.sync_new()
@@ -5336,6 +5343,16 @@ class CodexRunner(Conversation):
                     self.start_next()
             except Exception:               # whatever it is, the next second is another one
                 logger.exception("the sync thread failed")
+
+    def _wake_all(self):
+        """Have whoever waits look anew at how long: the machine's clock was set back, by which the
+        oldest Pythons (3.8, and 3.9 of Debian 11) end a wait, sem_timedwait(3)."""
+        with self.lock:
+            self.changed.notify_all()
+            logs = list(self.logs.values())
+        for turn_log in logs:
+            with turn_log.changed:
+                turn_log.changed.notify_all()
 
     # What the API asks for, from any thread
 

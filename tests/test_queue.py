@@ -587,3 +587,20 @@ def test_the_message_of_a_broken_log_is_set_aside(busy):
     assert "%d.message is set aside" % turn in busy.log()
     with open(os.path.join(folder, "%d.message.broken" % turn), "rb") as file:
         assert b"precious" in file.read()
+
+
+def test_a_clock_that_is_set_back_holds_nobody_up(busy, monkeypatch):
+    """The oldest Pythons would wait for as much longer."""
+    turn = put(busy, "on")
+    busy.kill()
+    runner = busy.runner()
+    runner.start_next = lambda: None
+    runner.open()
+    turn_log, clock = runner.logs[turn], time.time
+    waits = threading.Thread(target=turn_log.wait, args=(turn_log.size, 10 ** 6), daemon=True)
+    waits.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: clock() - 7200)
+        waits.join(harness.PATIENCE)
+    assert not waits.is_alive()
+    runner.close()
