@@ -5068,6 +5068,14 @@ class Conversation:
             raise unavailable("The ending of an earlier turn can't be written",
                               "GET /codex/status, or the engine's log, says why")
 
+    def unwritten(self):
+        """The problems of the endings that a log could not take."""
+        with self.lock:
+            logs = [self.logs[turn_id] for turn_id in self.unfinished]
+        return [problem("the ending of turn %d can't be written" % turn_log.turn_id,
+                        explanation(turn_log.error, "see the disk of REPLICAS_ENGINE_STATE"))
+                for turn_log in logs if turn_log.error]
+
     def could_not_start(self, turn, problem, waited):
         """Say so; and keep it as a failure, unless who sent the message has to mend it, or somebody
         wanted the turn to end."""
@@ -6180,7 +6188,7 @@ class Application:
             "turn": self._turn(),
             "codex": self._codex(),
             "engine": {"version": __version__, "started_at": runner.started_at},
-            "problems": self.problems.find()}
+            "problems": self.problems.find() + runner.unwritten()}
         if runner.webhook:
             status["webhook"] = runner.webhook.status()
         return json_response(status)
@@ -6189,7 +6197,7 @@ class Application:
         """The newest turn, or None."""
         try:
             return turn_summary(self.runner.turn_log())
-        except HTTPError:                   # there is none, or `problems` says why it can't be read
+        except HTTPError:                   # there is none, or it can't be read
             return None
 
     def _codex(self):

@@ -293,6 +293,9 @@ def test_a_disk_that_keeps_a_message_that_was_taken_out_is_told(faulty, tmp_path
         answer = engine.request("DELETE", path)
         assert answer.status == 503 and "restarts" in answer.json()["details"], engine.log()
     assert engine.get("/codex/queue").json() == {"turns": []}
+    assert [found["details"] for found in engine.status()["problems"]
+            if found["problem"] == "the ending of turn 2 can't be written"] == [
+        "Input/output error: see the disk of REPLICAS_ENGINE_STATE"]
     engine.heal()
     wait_for(lambda: engine.request("DELETE", "/codex/queue").status == 200)
     engine.kill()
