@@ -191,7 +191,10 @@ class RelayHandler(socketserver.BaseRequestHandler):
             with socket.create_connection(("127.0.0.1", self.server.engine.port)) as engine:
                 threading.Thread(target=self.hand_on, args=(engine,), daemon=True).start()
                 for data in iter(lambda: engine.recv(65536), b""):
+                    was_killed = self.server.killed.is_set()
                     self.request.sendall(self.server.limited(data))
+                    if self.server.killed.is_set() and not was_killed:
+                        break               # what it had sent beyond that is lost
         except OSError:                     # there is no engine just now, or no longer
             pass
 
