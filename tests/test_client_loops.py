@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from harness import PATIENCE, ROOT, SECRET, script, wait_for
+from harness import PATIENCE, ROOT, SECRET, free_port, script, wait_for
 from test_clients import PACKAGES, npm_package
 
 PYTHON = """
@@ -77,6 +77,12 @@ def client(request, tmp_path_factory):
     return ["node", str(tmp_path / "client.js")]
 
 
+@pytest.fixture
+def engine(make_engine):
+    """An engine on a port that no other one gets while it is away."""
+    return make_engine(PORT=str(free_port()))
+
+
 class Loop:
     """A client that runs."""
 
@@ -107,7 +113,6 @@ class Loop:
 
 
 def test_it_gives_every_event_once_over_a_kill(client, engine):
-    engine.env["PORT"] = str(engine.port)
     message = script({"thread": "new"}, {"count": {"n": 5, "size": 20}}, {"sleep": 120})
     loop = Loop(client, engine, message)
     wait_for(lambda: len(loop.lines()) >= 6)
@@ -122,7 +127,6 @@ def test_it_gives_every_event_once_over_a_kill(client, engine):
 
 def test_it_waits_for_an_engine_and_stops_a_turn(client, engine):
     """And whatever it says, in every script and with line ends within."""
-    engine.env["PORT"] = str(engine.port)
     text = "✅ 漢字 \U0001f600 \u2028 \r\n end"
     message = script({"thread": "new"}, {"event": {"type": "item.completed", "item": {
         "id": "item_0", "type": "agent_message", "text": text}}}, {"sleep": 120})
