@@ -135,8 +135,6 @@ def words_of(error):
         return os.strerror(errno.ENOMEM)
     if isinstance(error, UnicodeDecodeError):
         return "byte %d is not UTF-8" % error.start
-    if isinstance(error, json.JSONDecodeError):
-        return "it is not JSON"
     if isinstance(error, (LookupError, TypeError, AttributeError)):     # a fault of ours
         return "%s: %s" % (type(error).__name__, error)
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -454,6 +452,8 @@ def json_object(text):
     """The object that the JSON `text` is.  Raises ValueError."""
     try:
         value = json_value.decode(text)
+    except json.JSONDecodeError:
+        raise ValueError("it is not JSON") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
@@ -4653,9 +4653,9 @@ class StateDirectory:
     def delete_messages(self, wanted):
         """Delete those of turns that aren't in `wanted`: an engine ended while it wrote them.  What
         had a log, which is broken, is set aside with it."""
-        broken = dict(self._entries("log", broken=True))
+        broken = {turn_id for turn_id, _ in self._entries("log", broken=True)}
         for turn_id, path in self._entries("message"):
-            if turn_id in broken:
+            if turn_id in broken - wanted:
                 with contextlib.suppress(OSError):
                     set_aside(path, "the log of its turn is broken")
             elif turn_id not in wanted:
@@ -4746,7 +4746,8 @@ class StateDirectory:
     def delete_old(self, may_delete):
         """Delete the oldest turns above MAX_KEPT_TURNS and MAX_KEPT_BYTES, but for the newest and
         those for which `may_delete(turn id)` is false; and resets that are behind us."""
-        logs = self._entries("log")[::-1] + self._entries("log", broken=True)[::-1]
+        logs = [*self._entries("log")[::-1], *self._entries("log", broken=True)[::-1],
+                *self._entries("message", broken=True)[::-1]]
         newest = max(turn_id for turn_id, _ in logs) if logs else 0
         size = 0
         for count, (turn_id, path) in enumerate(logs, 1):
@@ -5070,11 +5071,11 @@ class Conversation:
 
     def unwritten(self):
         """The problems of the endings that a log could not take."""
-        with self.lock:
-            logs = [self.logs[turn_id] for turn_id in self.unfinished]
-        return [problem("the ending of turn %d can't be written" % turn_log.turn_id,
-                        explanation(turn_log.error, "see the disk of REPLICAS_ENGINE_STATE"))
-                for turn_log in logs if turn_log.error]
+        with self.lock:                     # the error goes when the disk takes it, at any moment
+            errors = [(turn_id, self.logs[turn_id].error) for turn_id in self.unfinished]
+        return [problem("the ending of turn %d can't be written" % turn_id,
+                        explanation(error, "see the disk of REPLICAS_ENGINE_STATE"))
+                for turn_id, error in errors if error]
 
     def could_not_start(self, turn, problem, waited):
         """Say so; and keep it as a failure, unless who sent the message has to mend it, or somebody
@@ -5478,14 +5479,14 @@ class CodexRunner(Conversation):
     def reset(self):
         """Stop the turn in progress, empty the queue and forget the thread.  Raises HTTPError 503,
         and 500 as `interrupt` does, when the thread is forgotten."""
-        try:
-            with self._ordering:
-                turn = self._stop_current("interrupted", forget=True)
+        with self._ordering:
+            turn = self._stop_current("interrupted", forget=True)
+            try:
                 self.state.write_reset(self.reset_at[0])
-        except OSError as error:
-            raise unavailable("The reset could not be written down",
-                              "%s, and reset again: the thread is forgotten until the engine "
-                              "restarts" % explanation(error, "see its disk")) from None
+            except OSError as error:
+                raise unavailable("The reset could not be written down",
+                                  "%s, and reset again: the thread is forgotten until the engine "
+                                  "restarts" % explanation(error, "see its disk")) from None
         if turn:
             turn.stopper.check()
 
@@ -7181,7 +7182,7 @@ class WSGIServer(ThreadingHTTPServer):
         self.announce_end()
         for listener in self._listeners.values():
             with contextlib.suppress(OSError):
-                while not keep_queue:
+                while not keep_queue:       # until nobody waits there
                     self.process_request(*listener.accept())
             listener.close()                # who comes now is refused, or served by somebody else
         deadline = time.monotonic() + timeout
@@ -7551,7 +7552,7 @@ def serve(settings):
     inbox = Inbox()
     app = Application(settings)
     inherited = systemd_listeners()
-    try:                                    # first: what waits in the queue begins with the next
+    try:                                    # first: with the next, what waits in the queue begins
         listeners = inherited or listen(settings.host, settings.port)
     except OSError as error:
         logger.error("%s", StateDirectory(settings.state).engine() or

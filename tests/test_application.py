@@ -197,6 +197,8 @@ def test_bodies_that_are_no_message(client, body, error):
         assert client.json == error
     else:
         assert client.json["error"] == "Failed to process message" and client.json["details"]
+    if body == b"hello":                    # where it isn't
+        assert "line 1 column 1" in client.json["details"]
     assert client("GET", "/codex/status").json["turn"] is None
 
 

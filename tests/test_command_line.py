@@ -497,8 +497,9 @@ def test_signals_that_were_blocked(make_engine):
                       "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])\n"
                       "os.execv(sys.executable, sys.argv[1:])"] + list(engine.program)
     engine.start()
-    engine.send("hi")
-    for pid in (engine.process.pid, "self"):
+    engine.start_turn(harness.script({"thread": "new"}, {"sleep": 120}))
+    codex = int(wait_for(lambda: re.search(r"codex pid (\d+)", engine.log())).group(1))
+    for pid in (engine.process.pid, codex):
         assert int(harness._proc(pid, "status").partition(b"SigBlk:")[2].split()[0], 16) == 0
     assert engine.stop() == 0
 

@@ -561,9 +561,11 @@ def test_logs_that_cannot_be_read_at_a_start(busy, monkeypatch, error):
     nobody waits for what nobody writes."""
     busy.kill()
     runner, number = busy.runner(), getattr(errno, error)
+
+    def broken(path):
+        raise OSError(number, os.strerror(number), path)
     with monkeypatch.context() as patch:
-        patch.setattr(replicas_engine.TurnLog, "open", lambda path: (_ for _ in ()).throw(
-            OSError(number, os.strerror(number), path)))
+        patch.setattr(replicas_engine.TurnLog, "open", broken)
         if error == "EACCES":
             with pytest.raises(PermissionError):
                 runner.open()
@@ -587,6 +589,26 @@ def test_the_message_of_a_broken_log_is_set_aside(busy):
     assert "%d.message is set aside" % turn in busy.log()
     with open(os.path.join(folder, "%d.message.broken" % turn), "rb") as file:
         assert b"precious" in file.read()
+
+
+def test_the_message_of_a_whole_log_beside_a_broken_one_stays(busy):
+    """A file that lay where the log belongs was set aside when the message was put there."""
+    turn = put(busy, "on")
+    with open(os.path.join(busy.state, "turns", "%d.log.broken" % turn), "w"):
+        busy.kill()
+    busy.gate.touch()
+    busy.start()
+    assert result(busy, turn)["final_message"] == "You said: on"
+
+
+def test_messages_that_were_set_aside_go_with_their_turns(make_engine):
+    engine = make_engine(constants={"MAX_KEPT_TURNS": 2})
+    engine.send("one")
+    aside = os.path.join(engine.state, "turns", "1.message.broken")
+    open(aside, "w").close()
+    engine.send("two")
+    engine.send("three")
+    wait_for(lambda: not os.path.exists(aside))
 
 
 def test_a_clock_that_is_set_back_holds_nobody_up(busy, monkeypatch):

@@ -283,7 +283,8 @@ def test_which_efforts_codex_itself_knows(real):
         if real.version < first and real.version < (0, 138):
             codex = os.path.realpath(real.engine.env["CODEX_PATH"])
             run = subprocess.run(
-                [replicas_engine.native_codex(codex).program, "exec", "--json", "--skip-git-repo-check",
+                [replicas_engine.native_codex(codex).program, "exec", "--json",
+                 "--skip-git-repo-check",
                  *replicas_engine.config_argument("model_reasoning_effort", effort)],
                 env=real.engine.env, cwd=real.workspace, input=b"x", stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, timeout=harness.PATIENCE)
