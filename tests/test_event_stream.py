@@ -360,18 +360,18 @@ def fill(begin, unit, end, size=SIZE):
     return begin + unit * ((size - len(begin) - len(end)) // len(unit)) + end
 
 
-@pytest.mark.parametrize("line", [
-    fill(b'"', b"[,{", b'"'), fill(b'"', "\u2705".encode(), b'"'),
-    fill(b"[", b'"%b",' % (b"x" * 140), b"0]"), fill(b'"', b"x", b'"', SIZE + 1)],
-    ids=["text", "what is not ASCII", "many texts", "too long"])
-def test_an_event_of_32_mib(make_engine, tmp_path, line):
+@pytest.mark.parametrize("parts", [
+    (b'"', b"[,{", b'"'), (b'"', "\u2705".encode(), b'"'), (b"[", b'"%b",' % (b"x" * 140), b"0]"),
+    (b'"', b"x", b'"', SIZE + 1)], ids=["text", "what is not ASCII", "many texts", "too long"])
+def test_an_event_of_32_mib(make_engine, tmp_path, parts):
     """It takes four times its memory, and reaches the client whole; a longer one is skipped."""
+    large = fill(*parts)
     codex, lines = tmp_path / "codex", tmp_path / "lines"
     codex.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo codex-cli 0.169.0; exit; fi\n'
                      'cat >/dev/null; cat %s\n' % lines)
     codex.chmod(0o755)
     engine = make_engine(CODEX_PATH=str(codex))
-    for line in (b'{"type":"x.small"}', line):
+    for line in (b'{"type":"x.small"}', large):
         lines.write_bytes(line + b'\n{"type":"turn.completed","usage":{}}\n')
         before = harness.status_of(engine.process.pid, "VmHWM")
         turn = engine.start_turn("Hello")
@@ -379,8 +379,8 @@ def test_an_event_of_32_mib(make_engine, tmp_path, line):
     growth = (harness.status_of(engine.process.pid, "VmHWM") - before) * 1024
     assert growth < 4.1 * SIZE
     events = engine.events(turn)
-    if len(line) > SIZE:
+    if len(large) > SIZE:
         wait_for(lambda: "skipped a line: longer than 33554432 bytes" in engine.log())
         assert len(events) == 2
     else:
-        assert len(events) == 3 and events[0].data.encode() == line
+        assert len(events) == 3 and events[0].data.encode() == large
