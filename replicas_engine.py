@@ -4467,13 +4467,30 @@ class Turn:
 MAX_KEPT_TURNS = 100
 MAX_KEPT_BYTES = 256 * 1024 * 1024
 SYNC_INTERVAL = 1.0                        # seconds that a power cut may take of a turn's events
-LOCK_PATIENCE = 1.0                        # seconds that an engine which was killed may go on
+RELEASE_PATIENCE = 1.0                     # seconds that an engine which was killed may go on
 MAX_ID_GAP = 10 ** 9                       # no engine leaves more turns out; a forged log may
 ALIEN = (errno.EISDIR, errno.ENXIO, errno.ELOOP)        # a folder, a socket, a link to itself
 
 
 class StateInUse(Exception):
     """Another engine works with the state directory."""
+
+
+def when_released(take):
+    """What take() returns, tried for RELEASE_PATIENCE while another one has what it takes.
+
+    A child that an engine had just forked when it was killed has the engine's lock and listening
+    sockets until it is another program.  Raises what take() raises.
+    """
+    deadline = time.monotonic() + RELEASE_PATIENCE
+    while True:
+        try:
+            return take()
+        except (StateInUse, OSError) as error:
+            is_taken = isinstance(error, StateInUse) or error.errno == errno.EADDRINUSE
+            if not is_taken or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def set_aside(path, reason):
@@ -4543,14 +4560,9 @@ class StateDirectory:
         os.chmod(self.path, 0o700)
         lock = os.path.join(self.path, "lock")
         make_way(lock)
-        file, deadline = open(lock, "ab"), time.monotonic() + LOCK_PATIENCE
+        file = open(lock, "ab")
         try:
-            # A child that an engine had just forked when it was killed holds the lock until it is
-            # another program.
-            while not try_flock(file, fcntl.LOCK_EX):
-                if time.monotonic() > deadline:
-                    raise StateInUse(self._engine_with(file))
-                time.sleep(0.01)
+            when_released(lambda: self._lock(file))
             make_folder(self.turns)
         except BaseException:
             file.close()
@@ -4558,6 +4570,10 @@ class StateDirectory:
         old, self._lock_file = self._lock_file, file
         if old:                             # the lock of a directory that was deleted
             old.close()
+
+    def _lock(self, file):
+        if not try_flock(file, fcntl.LOCK_EX):
+            raise StateInUse(self._engine_with(file))
 
     def _make_turns(self):
         """Have the folder of turns there; where somebody has deleted the directory, with a lock, or
@@ -7553,7 +7569,7 @@ def serve(settings):
     app = Application(settings)
     inherited = systemd_listeners()
     try:                                    # first: with the next, what waits in the queue begins
-        listeners = inherited or listen(settings.host, settings.port)
+        listeners = inherited or when_released(lambda: listen(settings.host, settings.port))
     except OSError as error:
         logger.error("%s", StateDirectory(settings.state).engine() or
                      "%(problem)s; %(details)s" % listen_problem(settings, error))

@@ -225,6 +225,9 @@ def test_it_gives_every_event_once_whenever_the_engine_is_killed(client, engine,
                 assert relay.killed.is_set(), loop.lines()
                 engine.start()
                 gate.touch()                # for a turn that only begins now
+            except BaseException:
+                loop.process.kill()
+                raise
             finally:
                 status = loop.end()
             relay.shutdown()

@@ -299,7 +299,7 @@ def test_pruned_while_it_is_read(make_engine, tmp_path):
 def test_the_lock_is_held_for_a_moment_by_a_child_of_an_engine_that_was_killed(
         tmp_path, monkeypatch):
     """It was just forked, and has yet to become another program."""
-    monkeypatch.setattr(replicas_engine, "LOCK_PATIENCE", harness.PATIENCE)
+    monkeypatch.setattr(replicas_engine, "RELEASE_PATIENCE", harness.PATIENCE)
     state, tries = replicas_engine.StateDirectory(str(tmp_path)), threading.Event()
     lock = replicas_engine.try_flock
     monkeypatch.setattr(replicas_engine, "try_flock",

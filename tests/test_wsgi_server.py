@@ -527,6 +527,22 @@ def test_a_unix_socket(make_engine, tmp_path):
     assert answers()
 
 
+def test_a_socket_is_held_for_a_moment_by_a_child_of_an_engine_that_was_killed(make_engine, tmp_path):
+    """It was just forked, and has yet to become another program."""
+    path = str(tmp_path / "engine.sock")
+    engine = make_engine(start=False, constants={"RELEASE_PATIENCE": harness.PATIENCE},
+                         HOST="unix:" + path, PORT=None)
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(path)
+        held.listen()
+        held.settimeout(harness.PATIENCE)
+        engine.start(wait=False)
+        held.accept()[0].close()            # it has tried
+    wait_for(lambda: "is listening on unix:" + path in engine.log()
+             or engine.process.poll() is not None)
+    assert engine.process.poll() is None
+
+
 def test_the_kernel_asks_whether_a_client_is_there(serve):
     """tcp(7); what it does then is shown by the next test, where it can run."""
     served = serve(Application())
