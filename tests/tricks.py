@@ -30,8 +30,8 @@ COMMANDS = {
     "with nohup": ("nohup sleep {n} >/dev/null 2>&1 & nohup sleep {n} >/dev/null 2>&1", 2),
     "ignoring signals": ("trap '' TERM INT HUP; setsid sleep {n} & sleep {n}; sleep {n}", 2),
     "a chain of forks": ("sleep {n} & {python} {folder}/chain.py {n}; wait", 1),
-    "many forks": ("for i in $(seq 150); do sleep {n} & done; wait", 150),
-    "many orphans": ("for i in $(seq 500); do (setsid sleep {n} &); done; sleep {n}", 501),
+    "many forks": ("for i in $(seq 50); do sleep {n} & done; wait", 50),
+    "many orphans": ("for i in $(seq 100); do (setsid sleep {n} &); done; sleep {n}", 101),
     # The first is stopped before it is a sleep, or after.
     "stopped": ("sleep {n} & kill -STOP $!; setsid -f sh -c 'sleep {n} & kill -STOP $$';"
                 " sleep {n}", 2),
