@@ -144,6 +144,7 @@ def make_engine(tmp_path):
     for engine in engines:
         if engine.process:
             engine.stop()
+        if os.path.exists(engine.log_path):
             print("The log of %s:\n%s" % (engine.folder, engine.log()[-4000:]))    # of a failed test
     left = [pid for engine in engines
             for pid in harness.processes_with("CODEX_HOME", engine.codex_home)]
