@@ -410,10 +410,10 @@ def checkout(tmp_path_factory):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def attempt(checkout, path, **env):
+def attempt(checkout, path, message="Hello, whoever you are.", **env):
     home = os.path.join(checkout, "home")
     os.makedirs(home, exist_ok=True)
-    return run(os.path.join(checkout, "packaging", "try"), "Hello, whoever you are.",
+    return run(os.path.join(checkout, "packaging", "try"), message,
                env=dict({"PATH": path, "HOME": home}, **env), cwd="/")
 
 
@@ -456,6 +456,20 @@ def test_try_without_codex_and_npm(checkout, tmp_path):
     done = attempt(checkout, bare_path(tmp_path))
     assert "tests/stand_in_codex" in done.stdout, done.stdout + done.stderr
     check_try(checkout, done)
+
+
+def test_try_says_what_npm_says_and_leaves_nothing_without_a_turn(checkout, tmp_path):
+    need("curl")
+    path = bare_path(tmp_path)
+    npm = tmp_path / "bin" / "npm"
+    npm.write_text("#!/bin/sh\necho the network is down >&2\nexit 1\n")
+    npm.chmod(0o755)
+    done = attempt(checkout, path, " ")
+    assert done.returncode == 1 and "the network is down" in done.stderr, done.stderr
+    assert "npm can't get it" in done.stdout and "Message is required" in done.stdout
+    assert done.stdout.endswith("Stopped.\n") and "that was no turn" in done.stderr
+    url = re.search(r"http://127\.0\.0\.1:\d+", done.stdout).group()
+    assert run("curl", "-sf", url + "/health").returncode == 7
 
 
 def test_try_with_codex_and_without_a_key(checkout, tmp_path):
