@@ -3416,8 +3416,15 @@ DELTA_PAUSE = 0.05                         # seconds between two events with del
 MAX_JOINED = 4 * 1024                      # for so many bytes, or another event that goes out
 MAX_DELTAS = 8 * 1024 * 1024               # bytes of a turn's deltas, which then end
 
-INITIALIZE, LOGIN, THREAD, TURN, INTERRUPT, STEER = range(1, 7)     # ids of requests;
-#                                            a steer's is above STEER
+# Ids of requests; a steer's is above STEER
+INITIALIZE, LOGIN, CONFIG, THREAD, TURN, INTERRUPT, STEER = range(1, 8)
+
+
+def _provider(config):
+    """The name of the model provider in Codex's configuration, as config/read gives it; in 0.98 it
+    may have profiles."""
+    profile = (config.get("profiles") or {}).get(config.get("profile")) or {}
+    return profile.get("model_provider") or config.get("model_provider") or "openai"
 
 
 class AppServer:
@@ -3450,7 +3457,7 @@ class AppServer:
         self._unread = (b'{"method":"codex/event/',) + (
             (b'{"id":%d,"result":' % THREAD,) if thread_id else ())
         self._early = []                    # events that wait for the first
-        self._asked = {INITIALIZE, LOGIN, THREAD, TURN}     # and not yet answered
+        self._asked = {INITIALIZE, LOGIN, CONFIG, THREAD, TURN}     # and not yet answered
         self._interrupted = False
         self._last_id = STEER
         self._items = {}                    # that are in progress: id -> number, once it is told
@@ -3481,19 +3488,32 @@ class AppServer:
         return start + self._open_thread()
 
     def _open_thread(self):
-        """Start the thread, or resume it and start the turn at once, as its id is known."""
+        """Start the thread, or resume it.
+
+        A resume that names neither model nor effort nor provider takes those of the thread's turn
+        before, in 0.169; with a provider, Codex has its own.
+        """
+        values = self._options.values
+        if self.thread_id is None:
+            return _request(THREAD, "thread/start", **self._thread_params())
+        if values.get("model") or values.get("reasoning_effort"):
+            return self._resume()
+        return _request(CONFIG, "config/read", cwd=self._workspace)
+
+    def _thread_params(self):
         values = self._options.values
         config = {"model_reasoning_effort": values.get("reasoning_effort"),
                   "sandbox_workspace_write.network_access": values.get("network_access"),
                   "web_search": {True: "live", False: "disabled"}.get(values.get("web_search"))}
         config = {key: value for key, value in config.items() if value is not None}
-        params = dict(cwd=self._workspace, approvalPolicy="never", model=values.get("model"),
-                      sandbox=values.get("sandbox_mode"), config=config or None)
-        if self.thread_id is None:
-            return _request(THREAD, "thread/start", **params)
-        return _request(THREAD, "thread/resume", threadId=self.thread_id,
+        return dict(cwd=self._workspace, approvalPolicy="never", model=values.get("model"),
+                    sandbox=values.get("sandbox_mode"), config=config or None)
+
+    def _resume(self, provider=None):
+        """Resume the thread and start the turn at once, as its id is known."""
+        return _request(THREAD, "thread/resume", threadId=self.thread_id, modelProvider=provider,
                         excludeTurns=self._version >= FIRST_TO_EXCLUDE_TURNS or None,
-                        **params) + self._start_turn()
+                        **self._thread_params()) + self._start_turn()
 
     def _start_turn(self):
         """The request that starts the turn: images first, as exec has them."""
@@ -3563,6 +3583,8 @@ class AppServer:
             raise Refused(message["error"]["message"])
         if number == LOGIN:
             return [], self._open_thread()
+        if number == CONFIG:
+            return [], self._resume(_provider(message["result"]["config"]))
         if number == THREAD and self.thread_id is None:
             self.thread_id = str(message["result"]["thread"]["id"])
             return [], self._start_turn()

@@ -179,6 +179,9 @@ class AppServer(Run):
         return {"result": {"type": params["type"]}}, lambda: self.notify(
             "account/login/completed", {"loginId": None, "success": True, "error": None})
 
+    def read_config(self, params):
+        return {"result": {"config": {"model": None, "model_provider": None, "profile": None}}}, None
+
     def thread_answer(self, params):
         self.directory = params.get("cwd", self.directory)
         about = {"id": self.thread_id, "preview": "", "cliVersion": self.version, "turns": []}
@@ -227,9 +230,9 @@ class AppServer(Run):
         turn.interrupted = True
         return {"result": {}}, lambda: turn.end("interrupted")
 
-    ACTS = {"initialize": initialize, "account/login/start": login, "thread/start": start_thread,
-            "thread/resume": resume_thread, "turn/start": start_turn, "turn/steer": steer,
-            "turn/interrupt": interrupt}
+    ACTS = {"initialize": initialize, "account/login/start": login, "config/read": read_config,
+            "thread/start": start_thread, "thread/resume": resume_thread, "turn/start": start_turn,
+            "turn/steer": steer, "turn/interrupt": interrupt}
 
 
 def refusal(message, code=-32600):

@@ -109,6 +109,27 @@ def test_what_is_not_set_is_left_out_and_what_is_set_goes_to_its_place(world):
     assert os.path.isabs(begun["input"][0]["path"])
 
 
+@pytest.mark.parametrize("config, provider", [
+    ({"model_provider": None, "profile": None}, "openai"), ({"model_provider": "mine"}, "mine"),
+    ({"model_provider": "mine", "profile": "p", "profiles": {"p": {"model_provider": "its"}}},
+     "its"),
+    ({"model_provider": "mine", "profile": "p", "profiles": {"p": {"model_provider": None}}},
+     "mine")], ids=["Codex's own", "the user's", "a profile's", "a profile without"])
+def test_a_resume_names_the_configured_provider(world, config, provider):
+    """Or 0.169 goes on with the model and the effort of the turn before."""
+    thread_id = world.live().events[0]["thread_id"]
+    world.behave(config_read=[{"answer": {"result": {"config": config}}}])
+    assert types(world.live(thread_id=thread_id)) == WHOLE
+    assert world.read("thread/resume")[-1]["modelProvider"] == provider
+    for named in ({"model": "m"}, {"reasoning_effort": "low"}):     # is enough by itself
+        assert types(world.live(thread_id=thread_id, **named)) == WHOLE
+        assert "modelProvider" not in world.read("thread/resume")[-1]
+    assert len(world.read("config/read")) == 1
+    world.behave(config_read=[{"answer": {"error": {"code": -32601, "message": "what is that"}}}])
+    with pytest.raises(driver.Refused, match="what is that"):       # then codex exec takes it
+        world.live(thread_id=thread_id)
+
+
 def test_without_a_key_nobody_logs_in(world):
     world.settings.key = None
     assert types(world.live()) == WHOLE and world.read("account/login/start") == []

@@ -206,6 +206,21 @@ def test_what_each_turn_of_a_thread_used(real):
     assert {key: sum(usage[key] for usage in own) for key in whole} == whole
 
 
+def test_model_and_effort_hold_for_one_turn(real):
+    """Whichever way it and the next one go."""
+    def asked(**options):
+        body = real.completed("say x", **options)[1][-1]
+        return body["model"], (body["reasoning"] or {}).get("effort")
+
+    ways = [{}, {"deltas": True}] if real.version >= (0, 98) else [{}]
+    own = asked()
+    for way in ways:
+        assert asked(new=False, model="gpt-5.2", reasoning_effort="high", **way) == (
+            "gpt-5.2", "high") != own
+        for next_way in ways[::-1]:
+            assert asked(new=False, **next_way) == own, (way, next_way)
+
+
 @pytest.mark.parametrize("status", ["401", "500"])
 def test_a_model_that_answers_with_an_error(real, status):
     events, _ = real.turn("status " + status)
