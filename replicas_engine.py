@@ -5325,14 +5325,15 @@ class CodexRunner(Conversation):
 
     # Starting with the process
 
-    def open(self):
-        """Take the state directory and put in order what was left in it.
+    def open(self, once_taken=lambda: None):
+        """Take the state directory, call `once_taken` and put in order what was left there.
 
-        Raises OSError and StateInUse.  Processes of a turn that outlived its engine are stopped
-        in a thread; no turn starts before that is done.
+        Raises OSError, StateInUse and what that raises.  Processes of a turn that outlived its
+        engine are stopped in a thread; no turn starts before that is done.
         """
         self.state.open()
         try:
+            once_taken()
             self._load()
         except BaseException:
             self.state.close()
@@ -5961,8 +5962,8 @@ class Application:
                 ("Allow", "DELETE, GET, HEAD, OPTIONS, POST")])),
         )
 
-    def open(self):
-        """Read the settings and take the state directory, if that wasn't done before."""
+    def open(self, once_taken=lambda: None):
+        """Read the settings and open a CodexRunner, if that wasn't done before: see there."""
         with self._opening:
             if self.runner is None:
                 shut_out_others()
@@ -5972,7 +5973,7 @@ class Application:
                 if self.settings.development:
                     logger.setLevel(logging.DEBUG)
                 runner = CodexRunner(self.settings)
-                runner.open()
+                runner.open(once_taken)
                 self.problems = Problems(self.settings, runner.finder, runner.state)
                 self.runner = runner
 
@@ -7572,10 +7573,19 @@ PASSING = SHORTAGES + (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EADDRINUSE,
                        errno.EADDRNOTAVAIL, socket.EAI_AGAIN)
 
 
-def open_application(app):
-    """None, or the exit status when the state directory can't be taken."""
+def listen_or_exit(settings):
+    """The listening sockets that the settings ask for; ends the process where they can't be had."""
     try:
-        app.open()
+        return when_released(lambda: listen(settings.host, settings.port))
+    except OSError as error:
+        logger.error("%(problem)s; %(details)s", listen_problem(settings, error))
+        sys.exit(1 if error.errno in PASSING else 2)
+
+
+def open_application(app, once_taken):
+    """None, or the exit status when the state directory can't be taken; see CodexRunner.open."""
+    try:
+        app.open(once_taken)
     except StateInUse as error:
         logger.error("%s", error)
         return 1
@@ -7590,16 +7600,11 @@ def serve(settings):
     inbox = Inbox()
     app = Application(settings)
     inherited = systemd_listeners()
-    try:                                    # first: with the next, what waits in the queue begins
-        listeners = inherited or when_released(lambda: listen(settings.host, settings.port))
-    except OSError as error:
-        logger.error("%s", StateDirectory(settings.state).engine() or
-                     "%(problem)s; %(details)s" % listen_problem(settings, error))
-        return 1 if error.errno in PASSING else 2
-    failed = open_application(app)
+    listeners = inherited[:]
+    # Only who has the state directory listens, or two that start at once could take each other's
+    # Unix socket; and before that is read, for then what waits in the queue begins.
+    failed = open_application(app, lambda: listeners or listeners.extend(listen_or_exit(settings)))
     if failed:
-        for listener in listeners:
-            listener.close()
         return failed
     server = WSGIServer(listeners, app, settings.max_connections, always=("/health",),
                         admits=app.admits)

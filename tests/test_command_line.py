@@ -446,6 +446,15 @@ def test_a_state_directory_in_use(make_engine, engine, port):
         engine.state, engine.process.pid) in second.log()
 
 
+def test_who_has_no_state_directory_does_not_listen(make_engine, engine):
+    """It would have taken the place of the socket of the engine that has it, had both been
+    started at once; and whoever had connected to it would have been reset."""
+    second = make_engine("second", start=False, REPLICAS_ENGINE_STATE=engine.state,
+                         HOST="unix:engine.sock").start(wait=False)
+    assert second.process.wait(harness.PATIENCE) == 1
+    assert not os.path.exists(os.path.join(second.folder, "engine.sock"))
+
+
 def test_a_state_directory_that_cannot_be_made(make_engine):
     engine = make_engine(start=False, REPLICAS_ENGINE_STATE="/proc/nowhere").start(wait=False)
     assert engine.process.wait(harness.PATIENCE) == 2
