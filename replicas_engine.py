@@ -3501,6 +3501,7 @@ class AppServer:
         return _request(CONFIG, "config/read", cwd=self._workspace)
 
     def _thread_params(self):
+        """What starting and resuming a thread have in common."""
         values = self._options.values
         config = {"model_reasoning_effort": values.get("reasoning_effort"),
                   "sandbox_workspace_write.network_access": values.get("network_access"),
@@ -4489,7 +4490,7 @@ class Turn:
 MAX_KEPT_TURNS = 100
 MAX_KEPT_BYTES = 256 * 1024 * 1024
 SYNC_INTERVAL = 1.0                        # seconds that a power cut may take of a turn's events
-RELEASE_PATIENCE = 1.0                     # seconds that an engine which was killed may go on
+RELEASE_PATIENCE = 1.0                     # seconds that what a killed engine forked may live
 MAX_ID_GAP = 10 ** 9                       # no engine leaves more turns out; a forged log may
 ALIEN = (errno.EISDIR, errno.ENXIO, errno.ELOOP)        # a folder, a socket, a link to itself
 
@@ -7573,10 +7574,11 @@ PASSING = SHORTAGES + (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EADDRINUSE,
                        errno.EADDRNOTAVAIL, socket.EAI_AGAIN)
 
 
-def listen_or_exit(settings):
-    """The listening sockets that the settings ask for; ends the process where they can't be had."""
+def listen_or_exit(settings, inherited):
+    """The sockets that were inherited, else those that the settings ask for; ends the process where
+    they can't be had."""
     try:
-        return when_released(lambda: listen(settings.host, settings.port))
+        return inherited or when_released(lambda: listen(settings.host, settings.port))
     except OSError as error:
         logger.error("%(problem)s; %(details)s", listen_problem(settings, error))
         sys.exit(1 if error.errno in PASSING else 2)
@@ -7599,11 +7601,10 @@ def serve(settings):
     """Run the engine until SIGTERM, SIGINT or SIGHUP; the exit status."""
     inbox = Inbox()
     app = Application(settings)
-    inherited = systemd_listeners()
-    listeners = inherited[:]
+    inherited, listeners = systemd_listeners(), []
     # Only who has the state directory listens, or two that start at once could take each other's
     # Unix socket; and before that is read, for then what waits in the queue begins.
-    failed = open_application(app, lambda: listeners or listeners.extend(listen_or_exit(settings)))
+    failed = open_application(app, lambda: listeners.extend(listen_or_exit(settings, inherited)))
     if failed:
         return failed
     server = WSGIServer(listeners, app, settings.max_connections, always=("/health",),

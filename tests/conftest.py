@@ -145,7 +145,8 @@ def make_engine(tmp_path):
         if engine.process:
             engine.stop()
         if os.path.exists(engine.log_path):
-            print("The log of %s:\n%s" % (engine.folder, engine.log()[-4000:]))    # of a failed test
+            # Shown where the test failed
+            print("The log of %s:\n%s" % (engine.folder, engine.log()[-4000:]))
     left = [pid for engine in engines
             for pid in harness.processes_with("CODEX_HOME", engine.codex_home)]
     for pid in left:

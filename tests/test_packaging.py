@@ -462,13 +462,36 @@ def test_try_says_what_npm_says_and_leaves_nothing_without_a_turn(checkout, tmp_
     need("curl")
     path = bare_path(tmp_path)
     npm = tmp_path / "bin" / "npm"
-    npm.write_text("#!/bin/sh\necho the network is down >&2\nexit 1\n")
+    npm.write_text("#!/bin/sh\necho the network is down, $npm_config_cache >&2\nexit 1\n")
     npm.chmod(0o755)
     done = attempt(checkout, path, " ")
-    assert done.returncode == 1 and "the network is down" in done.stderr, done.stderr
+    said = "the network is down, %s/.cache/try/npm" % checkout
+    assert done.returncode == 1 and said in done.stderr, done.stderr
     assert "npm can't get it" in done.stdout and "Message is required" in done.stdout
     assert done.stdout.endswith("Stopped.\n") and "that was no turn" in done.stderr
     url = re.search(r"http://127\.0\.0\.1:\d+", done.stdout).group()
+    assert run("curl", "-sf", url + "/health").returncode == 7
+
+
+def test_ctrl_c_in_a_first_turn_stops_all_of_it(checkout, tmp_path):
+    """Each process of the terminal's gets it."""
+    need("curl")
+    home = tmp_path / "home"
+    home.mkdir()
+    message = harness.script({"thread": "new"}, {"event": {"type": "turn.started"}}, {"sleep": 120})
+    with open(tmp_path / "said", "w+") as output:
+        process = subprocess.Popen(
+            [os.path.join(checkout, "packaging", "try"), message], stdout=output, cwd="/",
+            env={"PATH": bare_path(tmp_path), "HOME": str(home)}, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # as by a terminal
+
+        def said():
+            output.seek(0)
+            return output.read()
+        harness.wait_for(lambda: "event: turn.started" in said() or process.poll() is not None)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(harness.PATIENCE) == 130 and said().endswith("Stopped.\n"), said()
+        url = re.search(r"http://127\.0\.0\.1:\d+", said()).group()
     assert run("curl", "-sf", url + "/health").returncode == 7
 
 

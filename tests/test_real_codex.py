@@ -414,6 +414,10 @@ def test_a_key_and_a_url_reach_codexs_own_provider(version):
             events, requests = real.completed("say hello", new=new, web_search=search)
             assert texts(events) == ["hello"]
             assert offers_web_search(requests[-1]) is search
+        if real.version >= (0, 98):             # a live turn names it
+            events, _ = real.completed("say live", new=False, deltas=True)
+            assert texts(events) == ["live"]
+            assert "so exec does" not in real.engine.log(), real.engine.log()
         for request in real.requests():
             assert request["path"] == "/v1/responses"
             assert request["headers"]["authorization"] == "Bearer sk-the only one"
