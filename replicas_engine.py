@@ -6943,11 +6943,9 @@ class WSGIRequestHandler:
     def await_bytes(self, deadline, begun):
         """More bytes, by the deadline if there is one; False if no request has begun."""
         limit = IDLE_TIMEOUT
-        self.idle = not (begun or self.spare)       # before the next look: the server does it last
+        self.idle = not (begun or self.spare)       # if so, shut_down may end it
         if deadline:
             limit = deadline - time.monotonic()
-        if self.server.closing and self.idle:       # only what is there already, or on its way
-            limit = min(limit, max(0.0, self.new_until - time.monotonic()))
         try:
             if limit < 0 and not begun:     # empty lines may come without a pause, and for ever
                 raise TimeoutError

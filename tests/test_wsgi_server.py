@@ -376,22 +376,26 @@ def test_the_end_lets_nobody_in_and_waits_for_what_is_half_there(serve, half, re
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("late", (False, True))
-def test_who_is_cut_off_by_the_end_is_told_so(serve, monkeypatch, half, late):
+@pytest.mark.parametrize("when", ("before", "between two requests", "straight after an answer"))
+def test_who_is_cut_off_by_the_end_is_told_so(serve, monkeypatch, half, when):
     """It was not him who ended it: what never came in time, or came while the server took the
     connection for one between two requests."""
     served = serve(Application())
+    server, late = served.server, when != "before"
+    if when == "straight after an answer":      # its thread hasn't looked for the next request yet
+        monkeypatch.setattr(replicas_engine, "log_request", lambda *args: wait_for(
+            lambda: server.closing, "the end to begin"))
     with Client(served.port, request(b"GET / HTTP/1.1")) as client:
         assert client.answer()[0] == 200
-        wake, halves = served.server._wake, [half]
+        wake, halves = server._wake, [half]
         if late:
-            monkeypatch.setattr(served.server, "_wake", lambda sock: (
+            monkeypatch.setattr(server, "_wake", lambda sock: (
                 client.send(halves.pop() if halves else b""), wake(sock)))
         else:
             client.send(half)
-            wait_for(lambda: [handler for handler in served.server._connections.values()
+            wait_for(lambda: [handler for handler in server._connections.values()
                               if handler and not handler.idle], "its request to begin")
-        end = threading.Thread(target=served.server.shut_down, args=[1.0])
+        end = threading.Thread(target=server.shut_down, args=[1.0])
         end.start()
         status, fields, body = client.answer()
         assert status == 503 and fields["connection"] == "close" and b"shutting down" in body
