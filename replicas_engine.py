@@ -1307,14 +1307,15 @@ class TurnLog:
     # For the writer, one thread
 
     def begin(self, header):
-        """Give a log that waited the header of a turn that runs.  Raises OSError."""
+        """Give a log that waited the header of a turn that runs, or its own again.  Raises OSError.
+        """
         first = b": " + json_bytes(header)
         if len(first) > self.start - 2:
             raise OSError(errno.EFBIG, "no room for its header", self.path)
         if self._fd is None:
             self._reopen()
         self._write(first.ljust(self.start - 2), 0, ENDING_ROOM)
-        self.header, self.thread_id = header, header["thread_id"]
+        self.header, self.thread_id = header, header.get("thread_id")
 
     def append(self, events):
         """Number, write and publish `events`, pairs of a type and its data (both bytes); False if
@@ -4171,6 +4172,7 @@ class Turn:
         self.thread_id = None               # the one to resume
         self.codex = None
         self.run = None                     # the CodexRun
+        self.queued_header = None           # its log's, where it has waited
         self.absent = ()                    # of SANDBOX_MOUNTS, before the turn
         self.progress = Progress(self.settings)
         self.trouble = None                 # what went wrong in the engine itself
@@ -4237,6 +4239,7 @@ class Turn:
         """Start Codex, which does nothing before it has its prompt, and then the log."""
         waited, self.absent = self.log is not None, ()
         if waited:
+            self.queued_header = self.log.header
             self.started_at = time.monotonic()
             self.progress.begin()
             self.options = self._read_message()
@@ -4255,6 +4258,7 @@ class Turn:
             self.log = self.runner.create_log(self)
         if waited:                          # or a power cut would have it begun a second time
             self.log.sync()
+        self.runner.begin(self)
 
     def _read_message(self):
         """The TurnOptions of a message that has waited.  Raises HTTPError."""
@@ -4267,8 +4271,6 @@ class Turn:
 
     def _begin(self):
         """Let Codex have its prompt: from now on the message is sent, whatever goes wrong."""
-        with self.runner.lock:
-            self.is_begun = not self.stop_code
         try:
             if self.is_begun:
                 self.run.exchange(0)
@@ -4300,17 +4302,23 @@ class Turn:
     def _relay_again(self, thread_id, why):
         """Have another run of Codex take the message, of which the last one took nothing."""
         logger.warning("turn %d: %s", self.id, why)
-        self.stopper.stop(self.run.processes)       # it may hold the thread
-        self.run.exited.wait()
-        self.run.close()
+        self._stop_run()                    # it may hold the thread
         if not self.stop_code:
             self._launch(thread_id, live=False)
             self._relay()
 
+    def _stop_run(self):
+        """Stop a run that has taken nothing of the message."""
+        self.stopper.stop(self.run.processes)
+        self.run.exited.wait()
+        self.run.close()
+
     def _not_started(self, error):
         """Nothing was begun: clean up, and let whoever waits know why."""
         problem, waited = not_startable(error), self.ready.is_set()
-        if waited and not self.run and self.runner.put_back(self, problem):
+        if self.run:
+            self._stop_run()
+        if waited and self.runner.put_back(self, problem):
             return
         self.runner.could_not_start(self, problem, waited)
         if waited:                          # there is a log, which will say it
@@ -4321,8 +4329,7 @@ class Turn:
         else:
             self.problem = problem
             end = (lambda: self.runner.not_started(self), self.ready.set, self.be_over)
-        do_all(lambda: self.run and self.run.child.kill(), lambda: self.steers.close(self.run),
-               self.leave, *end)
+        do_all(lambda: self.steers.close(self.run), self.leave, *end)
 
     def _relay(self):
         """Let Codex have its prompt and publish what it prints, until it has exited and all of that
@@ -5634,6 +5641,13 @@ class CodexRunner(Conversation):
             return turn.log
         return self.state.create_log(turn.id, header)
 
+    def begin(self, turn):
+        """Codex is there, and may have the message unless the turn is stopped.  Raises HTTPError
+        503."""
+        with self.lock:
+            self._check_open()
+            turn.is_begun = not turn.stop_code
+
     def started(self, turn):
         """Codex has its prompt, and the turn is on the disk."""
         with self.lock:
@@ -5660,6 +5674,9 @@ class CodexRunner(Conversation):
     def _put_back(self, turn, problem):
         """Unless it is to be stopped, or was tried for long enough."""
         turn.leave()
+        if turn.run:                        # Codex was there
+            turn.log.begin(turn.queued_header)
+            turn.run = None
         now, steers = time.monotonic(), Steers(self.lock)
         with self.lock:
             is_first, turn.first_try = turn.first_try is None, turn.first_try or now

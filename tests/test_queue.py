@@ -398,25 +398,67 @@ def test_an_engine_that_ends_while_it_tries(busy):
     assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
 
 
-def test_an_engine_that_ends_while_it_starts_one(busy):
-    """Codex has not been started yet: it is the next one's."""
+@pytest.mark.parametrize("moment", ["Codex is asked for", "Codex is there", "it is written down",
+                                    "and the disk fails"])
+def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
+    """Codex has not got it yet: it is the next one's."""
     put(busy, "on")
     busy.kill()
     busy.gate.touch()
     runner = busy.runner()
     closer = threading.Thread(target=runner.close)
 
-    def version(codex):
+    def end(*args):
         closer.start()
         wait_for(lambda: runner.closing and runner.current.stop_code)
         return "0.169.0"
-    runner.finder.version = version
+
+    def written_down(turn):
+        turn_log = type(runner).create_log(runner, turn)
+        end()
+        if moment == "and the disk fails":
+            monkeypatch.setattr(turn_log, "begin", lambda header: os.open("/", os.O_WRONLY))
+        return turn_log
+    if moment == "Codex is asked for":
+        runner.finder.version = end
+    elif moment == "Codex is there":
+        header = replicas_engine.Turn.header
+        monkeypatch.setattr(replicas_engine.Turn, "header", lambda turn: (end(), header(turn))[1])
+    else:
+        runner.create_log = written_down
     runner.open()
     wait_for(lambda: runner.closing)
     closer.join()
+    assert not harness.processes_with("CODEX_HOME", busy.codex_home)
     busy.start()
+    if moment == "and the disk fails":      # as far as anybody can see it had been started
+        assert code_of(busy, 2) == "shutdown" and "on" not in busy.prompts()
+        return
     assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
     assert "tried again" not in busy.log()
+
+
+def test_a_send_while_the_engine_ends_may_be_sent_again(engine, monkeypatch):
+    """Codex has been started, and has not got it."""
+    engine.stop()
+    runner, closers = engine.runner(), []
+    runner.open()
+
+    def create_log(turn):
+        turn_log = type(runner).create_log(runner, turn)
+        closers.append(replicas_engine.start_thread("closer", runner.close))
+        wait_for(lambda: runner.closing and turn.stop_code)
+        return turn_log
+    runner.create_log = create_log
+    options = replicas_engine.TurnOptions({"message": "once"}, runner.settings)
+    with pytest.raises(replicas_engine.HTTPError) as failed:
+        runner.send(options, "key", "fingerprint")
+    assert failed.value.status == 503 and ("Retry-After", "5") in failed.value.headers
+    closers[0].join()
+    engine.start()
+    answer = engine.request("POST", "/codex/send", {"message": "once"}, {"Idempotency-Key": "key"})
+    assert answer.status == 200 and check_stream(answer.events())[0].id == "1.1"
+    assert engine.prompts() == ["once"]
 
 
 @pytest.mark.parametrize("order, writes", [("reset", "write_reset"), ("cancel", "delete_message")])
