@@ -4302,25 +4302,23 @@ class Turn:
     def _relay_again(self, thread_id, why):
         """Have another run of Codex take the message, of which the last one took nothing."""
         logger.warning("turn %d: %s", self.id, why)
-        self._stop_run()                    # it may hold the thread
+        self.stop_run()                     # it may hold the thread
+        self.run.close()
         if not self.stop_code:
             self._launch(thread_id, live=False)
             self._relay()
 
-    def _stop_run(self):
-        """Stop a run that has taken nothing of the message."""
-        self.stopper.stop(self.run.processes)
-        self.run.exited.wait()
-        self.run.close()
+    def stop_run(self):
+        """Stop a run that has taken nothing of the message, if there is one."""
+        if self.run:
+            self.stopper.stop(self.run.processes)
+            self.run.exited.wait()
 
     def _not_started(self, error):
         """Nothing was begun: clean up, and let whoever waits know why."""
         problem, waited = not_startable(error), self.ready.is_set()
-        if self.run:
-            self._stop_run()
         if waited and self.runner.put_back(self, problem):
             return
-        self.runner.could_not_start(self, problem, waited)
         if waited:                          # there is a log, which will say it
             code = self.stop_code or "not_started"
             self.progress.terminal = "turn.failed" if code == "not_started" else None
@@ -4329,7 +4327,8 @@ class Turn:
         else:
             self.problem = problem
             end = (lambda: self.runner.not_started(self), self.ready.set, self.be_over)
-        do_all(lambda: self.steers.close(self.run), self.leave, *end)
+        do_all(lambda: self.runner.could_not_start(self, problem, waited), self.stop_run,
+               lambda: self.steers.close(self.run), self.leave, *end)
 
     def _relay(self):
         """Let Codex have its prompt and publish what it prints, until it has exited and all of that
@@ -5673,8 +5672,9 @@ class CodexRunner(Conversation):
 
     def _put_back(self, turn, problem):
         """Unless it is to be stopped, or was tried for long enough."""
+        turn.stop_run()
         turn.leave()
-        if turn.run:                        # Codex was there
+        if turn.run:
             turn.log.begin(turn.queued_header)
             turn.run = None
         now, steers = time.monotonic(), Steers(self.lock)

@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import harness  # noqa: E402
-from harness import script  # noqa: E402
+from harness import script, wait_for  # noqa: E402
 from test_faults import Client, check_seen  # noqa: E402
 
 KEPT = 90                                   # turns that may be read again: the engine keeps 100
@@ -93,6 +93,9 @@ class Campaign:
         talker = threading.Thread(target=self.talk, daemon=True)
         talker.start()
         while self.kills < kills and not self.problem:
+            if self.random.random() < 0.5:  # however slow the machine is, something comes
+                known = len(self.seen)
+                wait_for(lambda: len(self.seen) > known or self.problem)
             time.sleep(self.random.random() ** 2 * 0.5)
             if self.disk:
                 self.fill()

@@ -438,6 +438,31 @@ def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
     assert "tried again" not in busy.log()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_fails_at_the_start_nobody_waits_for_it(engine, monkeypatch):
+    """Neither can the log be made, nor can all be closed that Codex had."""
+    engine.stop()
+    runner, close, failed = engine.runner(), replicas_engine.CodexRun.close, []
+
+    def fail(*args):
+        raise OSError(errno.EIO, "no")
+    runner.open()
+    runner.create_log = fail
+    monkeypatch.setattr(replicas_engine.CodexRun, "close", lambda run: (close(run), fail()))
+
+    def send():
+        with pytest.raises(replicas_engine.HTTPError) as error:
+            runner.send(replicas_engine.TurnOptions({"message": "never"}, runner.settings))
+        failed.append(error.value.status)
+    replicas_engine.start_thread("sender", send)
+    wait_for(lambda: failed == [503])
+    del runner.create_log
+    monkeypatch.undo()
+    runner.send(replicas_engine.TurnOptions({"message": "on"}, runner.settings))
+    runner.close()
+    assert not harness.processes_with("CODEX_HOME", engine.codex_home)
+
+
 def test_a_send_while_the_engine_ends_may_be_sent_again(engine, monkeypatch):
     """Codex has been started, and has not got it."""
     engine.stop()
