@@ -2144,10 +2144,24 @@ class TurnProcesses:
         self._sessions.add(child.pid)
 
     def saved(self):
-        """What from_saved() needs: an object for JSON.  Raises OSError."""
+        """What from_saved() and its_engine() need: an object for JSON.  Raises OSError."""
+        engine = process(os.getpid())
         return {"mark": self.mark, "boot": boot_id(),
+                "engine": {"pid": os.getpid(), "started": engine and engine.started_ticks},
                 "cgroup": self.cgroup and self.cgroup.folder,
                 "codex": {"pid": self.pid, "started": self.started_ticks}}
+
+    @staticmethod
+    def its_engine(saved):
+        """The pid of the engine that wrote down what saved() gave, if it lives, or None.  Raises
+        OSError."""
+        engine = saved.get("engine")
+        pid = engine.get("pid") if isinstance(engine, dict) else None
+        if type(pid) is not int or saved.get("boot") != (boot_id() or "unknown"):
+            return None
+        entry = process(pid)
+        is_it = entry and entry.started_ticks == engine.get("started") and lives(pid, entry)
+        return pid if is_it else None
 
     @classmethod
     def from_saved(cls, saved):
@@ -5366,7 +5380,11 @@ class CodexRunner(Conversation):
         """Stop what is left of a turn that was cut short, and give its log an ending."""
         logger.warning("turn %d was cut short by the engine's end", turn_log.turn_id)
         try:
-            left = "queued_at" not in turn_log.header and TurnProcesses.from_saved(
+            other = TurnProcesses.its_engine(turn_log.header)
+            if other:
+                logger.error("turn %d: the engine with pid %d runs it: the state directory is a "
+                             "copy of that one's", turn_log.turn_id, other)
+            left = not other and "queued_at" not in turn_log.header and TurnProcesses.from_saved(
                 turn_log.header).stop()
             if left:
                 logger.error("turn %d: this can't be stopped: %s", turn_log.turn_id, ", ".join(

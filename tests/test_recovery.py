@@ -477,6 +477,21 @@ def test_a_state_directory_that_is_gone(engine, make_engine):
     assert "STATE" not in str(engine.status()["problems"])
 
 
+def test_on_a_copy_of_a_state_directory_whose_engine_runs(engine, make_engine, tmp_path):
+    """A turn there is that engine's, and goes on."""
+    gate = tmp_path / "gate"
+    engine.start_turn(script({"thread": "new"}, {"wait_for": str(gate)}, {"complete": True}))
+    wait_for(lambda: engine.status()["turn"]["last_event_id"])
+    second = make_engine("copy", start=False)
+    shutil.copytree(engine.state, second.state)
+    second.start()
+    assert second.events(1)[-2].json()["error"]["code"] == "engine_restarted"
+    assert "the engine with pid %d runs it" % engine.process.pid in second.log()
+    assert second.send("another")[0].id == "2.1"
+    gate.touch()
+    assert engine.events(1)[-2].type == "turn.completed"
+
+
 def test_a_state_directory_that_another_engine_has_taken(engine, make_engine):
     """Which it could, since it was deleted under the first one."""
     engine.send("Hello")
