@@ -5914,7 +5914,10 @@ class Problems:
             return self.state.path, [problem(
                 "%s=%s: it was deleted or replaced while the engine ran: another engine could start"
                 % (name, self.state.path), self.settings.remedy("restart the engine"))]
-        path, problems = self._look_at_folder(self.settings.state, name, is_made=True)
+        path = self.settings.state
+        if is_missing(path) and path == self.settings.env.get("STATE_DIRECTORY"):
+            return path, []                 # of a service that never ran: systemd makes it
+        path, problems = self._look_at_folder(path, name, is_made=True)
         if problems:
             return path, problems
         for part in (path, os.path.join(path, "lock"), os.path.join(path, "turns")):

@@ -603,6 +603,10 @@ def test_deb_stays_disabled(machine, deb, newer_deb):
     machine.run("systemctl disable --now replicas-engine.socket replicas-engine.service")
     machine.run("dpkg -i " + put(machine, newer_deb))
     assert machine.states() == ["inactive", "inactive", "disabled", "disabled"]
+    machine.run("rm -r /var/lib/replicas-engine")       # as if it had never run
+    checked = machine.run("replicas-engine --check", check=False).stdout
+    assert "ok      state: /var/lib/replicas-engine\n" in checked, checked
+    assert not os.path.exists(machine.path("/var/lib/replicas-engine"))
 
 
 def test_deb_where_there_is_no_such_user(machine, deb):
