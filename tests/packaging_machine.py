@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -321,6 +322,11 @@ class Machine:
         """What `systemctl status` shows."""
         return self.run("systemctl status --no-pager --full replicas-engine.service",
                         check=False).stdout
+
+    def wait_for_status(self, pattern):
+        """Wait until `systemctl status` shows what the regular expression finds: what is logged
+        gets there a little later."""
+        self.wait_for(lambda: re.search(pattern, self.status()))
 
     def get(self, path, secret=None, port=3737):
         """(status, body) of a GET in the machine; status 0 where there was no answer."""
