@@ -4317,7 +4317,6 @@ class Turn:
         """Have another run of Codex take the message, of which the last one took nothing."""
         logger.warning("turn %d: %s", self.id, why)
         self.stop_run()                     # it may hold the thread
-        self.run.close()
         if not self.stop_code:
             self._launch(thread_id, live=False)
             self._relay()
@@ -4326,7 +4325,8 @@ class Turn:
         """Stop a run that has taken nothing of the message, if there is one."""
         if self.run:
             self.stopper.stop(self.run.processes)
-            self.run.exited.wait()
+            self.run.close()                # one that could not be stopped may end by that
+            self.run.exited.wait(KILL_PATIENCE if self.stopper.left else None)
 
     def _not_started(self, error):
         """Nothing was begun: clean up, and let whoever waits know why."""
@@ -5534,10 +5534,14 @@ class CodexRunner(Conversation):
 
     def interrupt(self):
         """Stop the turn in progress; its id when nothing of it is left, None if there was none.
-        Raises HTTPError 500 that says what could not be stopped."""
+        Raises HTTPError 500 that says what could not be stopped, and 503 when it is left to the
+        next engine."""
         turn = self._stop_current("interrupted")
         if turn:
             turn.stopper.check()
+            with self.lock:
+                if turn.id in self.queue:   # the engine ends before Codex got the message
+                    self._check_open()
         return turn.id if turn and not turn.problem and turn.progress.terminal is None else None
 
     def reset(self):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -438,6 +439,38 @@ def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
     assert "tried again" not in busy.log()
 
 
+def test_who_interrupts_one_that_is_left_to_the_next_engine_is_told(busy):
+    """It isn't stopped: it runs there."""
+    put(busy, "on")
+    busy.kill()
+    busy.gate.touch()
+    runner, answers = busy.runner(), []
+    closer = threading.Thread(target=runner.close)
+
+    def interrupt():
+        with pytest.raises(replicas_engine.HTTPError) as refused:
+            runner.interrupt()
+        answers.append(refused.value.status)
+    interrupter = threading.Thread(target=interrupt)
+
+    def prepare(options):
+        wait = runner.current.over.wait
+        waiting, runner.current.over.wait = [], lambda *args: (waiting.append(1), wait(*args))
+        closer.start()
+        wait_for(lambda: runner.closing and waiting)
+        interrupter.start()
+        wait_for(lambda: len(waiting) == 2)
+        return replicas_engine.CodexRunner.prepare(runner, options)
+    runner.prepare = prepare
+    runner.open()
+    wait_for(lambda: runner.closing)
+    closer.join()
+    interrupter.join()
+    assert answers == [503]
+    busy.start()
+    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_fails_at_the_start_nobody_waits_for_it(engine, monkeypatch):
     """Neither can the log be made, nor can all be closed that Codex had."""
@@ -461,6 +494,41 @@ def test_whatever_fails_at_the_start_nobody_waits_for_it(engine, monkeypatch):
     runner.send(replicas_engine.TurnOptions({"message": "on"}, runner.settings))
     runner.close()
     assert not harness.processes_with("CODEX_HOME", engine.codex_home)
+
+
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_nobody_waits_for_a_codex_that_cannot_be_stopped(make_engine, monkeypatch, tmp_path,
+                                                         ends_by_itself):
+    """Which has got nothing: without its pipes it has no reason to stay."""
+    codex = tmp_path / "codex"
+    codex.write_text("#!/bin/sh\n[ $1 = --version ] && echo codex-cli 0.169.0 && exit\n"
+                     + ("exec cat" if ends_by_itself else "exec sleep 1000"))
+    codex.chmod(0o755)
+    engine = make_engine(CODEX_PATH=str(codex))
+    engine.stop()
+    runner, failed = engine.runner(), []
+    runner.open()
+    monkeypatch.setattr(replicas_engine, "KILL_PATIENCE", 60 if ends_by_itself else 0.1)
+    monkeypatch.setattr(replicas_engine.TurnProcesses, "stop", lambda turn: 1 / 0)
+
+    def create_log(turn):
+        raise OSError(errno.EIO, "no")
+    runner.create_log = create_log
+
+    def send():
+        with pytest.raises(replicas_engine.HTTPError) as error:
+            runner.send(replicas_engine.TurnOptions({"message": "never"}, runner.settings))
+        failed.append(error.value.status)
+    replicas_engine.start_thread("sender", send)
+    try:
+        wait_for(lambda: failed == [503])
+        left = harness.processes_with("CODEX_HOME", engine.codex_home)
+        assert bool(left) != ends_by_itself
+    finally:
+        for pid in harness.processes_with("CODEX_HOME", engine.codex_home):
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not runner.running())
+    runner.close()
 
 
 def test_a_send_while_the_engine_ends_may_be_sent_again(engine, monkeypatch):
