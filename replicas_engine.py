@@ -1307,8 +1307,8 @@ class TurnLog:
     # For the writer, one thread
 
     def begin(self, header):
-        """Give a log that waited the header of a turn that runs, or its own again.  Raises OSError.
-        """
+        """Give a log that waited the header of a turn that runs, or its own again, and have the
+        disk hold it, or a power cut would have it begun a second time.  Raises OSError."""
         first = b": " + json_bytes(header)
         if len(first) > self.start - 2:
             raise OSError(errno.EFBIG, "no room for its header", self.path)
@@ -1316,6 +1316,7 @@ class TurnLog:
             self._reopen()
         self._write(first.ljust(self.start - 2), 0, ENDING_ROOM)
         self.header, self.thread_id = header, header.get("thread_id")
+        self.sync()
 
     def append(self, events):
         """Number, write and publish `events`, pairs of a type and its data (both bytes); False if
@@ -4251,8 +4252,8 @@ class Turn:
 
     def _start(self):
         """Start Codex, which does nothing before it has its prompt, and then the log."""
-        waited, self.absent = self.log is not None, ()
-        if waited:
+        self.absent = ()
+        if self.log:                        # it has waited
             self.queued_header = self.log.header
             self.started_at = time.monotonic()
             self.progress.begin()
@@ -4270,8 +4271,6 @@ class Turn:
             self._launch(self.thread_id, self.options.is_live(version_numbers(self.codex.version)))
         with explained("The turn's log can't be written", "see REPLICAS_ENGINE_STATE"):
             self.log = self.runner.create_log(self)
-        if waited:                          # or a power cut would have it begun a second time
-            self.log.sync()
         self.runner.begin(self)
 
     def _read_message(self):
@@ -5702,13 +5701,14 @@ class CodexRunner(Conversation):
         now, steers = time.monotonic(), Steers(self.lock)
         with self.lock:
             is_first, turn.first_try = turn.first_try is None, turn.first_try or now
+            is_last = self.closing          # looked at here: else it may run again by then
             if turn.stop_code not in (None, "shutdown") or (
-                    not self.closing and now > turn.first_try + START_PATIENCE):
+                    not is_last and now > turn.first_try + START_PATIENCE):
                 return False
             steers, turn.steers = turn.steers, steers
             self._wait_again(turn)          # the sync thread starts it, or the next engine
         steers.close(None)
-        if self.closing:
+        if is_last:
             turn.be_over()
         elif is_first:
             logger.warning("turn %d can't be started; for %d s it is tried again: %s",

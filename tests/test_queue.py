@@ -406,8 +406,13 @@ def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
     put(busy, "on")
     busy.kill()
     busy.gate.touch()
-    runner = busy.runner()
+    runner, fsync, on_disk = busy.runner(), os.fsync, []
     closer = threading.Thread(target=runner.close)
+
+    def sync(fd):
+        if os.readlink("/proc/self/fd/%d" % fd).endswith("/2.log"):
+            on_disk.append(os.pread(fd, 4096, 0))
+        fsync(fd)
 
     def end(*args):
         closer.start()
@@ -427,6 +432,7 @@ def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
         monkeypatch.setattr(replicas_engine.Turn, "header", lambda turn: (end(), header(turn))[1])
     else:
         runner.create_log = written_down
+    monkeypatch.setattr(os, "fsync", sync)
     runner.open()
     wait_for(lambda: runner.closing)
     closer.join()
@@ -437,6 +443,43 @@ def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
         return
     assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
     assert "tried again" not in busy.log()
+    # As it would after a power cut
+    assert [b"queued_at" in header for header in on_disk] == (
+        [] if moment == "Codex is asked for" else [False, True])
+
+
+def test_one_that_is_tried_again_just_when_the_engine_ends(busy, monkeypatch):
+    """Who puts it back has nothing to do with it any more."""
+    put(busy, "on")
+    busy.kill()
+    busy.gate.touch()
+    runner, close, tries, go = busy.runner(), replicas_engine.Steers.close, [], threading.Event()
+    closer = threading.Thread(target=runner.close)
+
+    def prepare(options):
+        tries.append(threading.current_thread())
+        if len(tries) == 1:
+            raise replicas_engine.unavailable("No Codex", "wait")
+        go.wait(harness.PATIENCE)
+        return replicas_engine.CodexRunner.prepare(runner, options)
+
+    def close_steers(steers, run):
+        if len(tries) == 1 and not closer.ident:
+            runner.start_next()
+            wait_for(lambda: len(tries) == 2)
+            closer.start()
+            wait_for(lambda: runner.closing)
+        close(steers, run)
+    monkeypatch.setattr(replicas_engine.Steers, "close", close_steers)
+    runner.prepare = prepare
+    runner.open()
+    wait_for(lambda: runner.closing)
+    tries[0].join()
+    assert not runner.current.over.is_set()
+    go.set()
+    closer.join()
+    busy.start()
+    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
 
 
 def test_who_interrupts_one_that_is_left_to_the_next_engine_is_told(busy):
