@@ -5695,9 +5695,9 @@ class CodexRunner(Conversation):
         """Unless it is to be stopped, or was tried for long enough."""
         turn.stop_run()
         turn.leave()
-        if turn.run:
+        if turn.run and turn.log.header is not turn.queued_header:
             turn.log.begin(turn.queued_header)
-            turn.run = None
+        turn.run = None
         now, steers = time.monotonic(), Steers(self.lock)
         with self.lock:
             is_first, turn.first_try = turn.first_try is None, turn.first_try or now

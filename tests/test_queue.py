@@ -482,6 +482,37 @@ def test_one_that_is_tried_again_just_when_the_engine_ends(busy, monkeypatch):
     assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
 
 
+@pytest.mark.parametrize("ends", [False, True], ids=["it passes", "the engine ends"])
+def test_one_whose_log_cannot_be_written_now(busy, monkeypatch, ends):
+    """Nothing of it has changed: it waits on."""
+    put(busy, "on")
+    busy.kill()
+    busy.gate.touch()
+    runner, tries = busy.runner(), []
+    closer = threading.Thread(target=runner.close)
+    reopen = replicas_engine.TurnLog._reopen
+
+    def fail(turn_log):
+        if turn_log.turn_id == 2 and len(tries) < 4:
+            tries.append(1)
+            if ends and not closer.ident:
+                closer.start()
+                wait_for(lambda: runner.closing and runner.current.stop_code)
+            raise OSError(errno.EMFILE, "no")
+        reopen(turn_log)
+    with monkeypatch.context() as patch:
+        patch.setattr(replicas_engine.TurnLog, "_reopen", fail)
+        runner.open()
+        wait_for(lambda: tries)
+        wait_for(lambda: runner.closing or not (runner.queue or runner.current))
+        if not ends:
+            closer.start()
+        closer.join()
+    assert not harness.processes_with("CODEX_HOME", busy.codex_home)
+    busy.start()
+    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+
+
 def test_who_interrupts_one_that_is_left_to_the_next_engine_is_told(busy):
     """It isn't stopped: it runs there."""
     put(busy, "on")
