@@ -5695,7 +5695,7 @@ class CodexRunner(Conversation):
         """Unless it is to be stopped, or was tried for long enough."""
         turn.stop_run()
         turn.leave()
-        if turn.run and turn.log.header is not turn.queued_header:
+        if turn.log.header is not turn.queued_header:
             turn.log.begin(turn.queued_header)
         turn.run = None
         now, steers = time.monotonic(), Steers(self.lock)
