@@ -601,6 +601,7 @@ def test_nobody_waits_for_a_codex_that_cannot_be_stopped(make_engine, monkeypatc
     finally:
         for pid in harness.processes_with("CODEX_HOME", engine.codex_home):
             os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not harness.processes_with("CODEX_HOME", engine.codex_home))
     wait_for(lambda: not runner.running())
     runner.close()
 
