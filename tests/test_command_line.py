@@ -544,7 +544,8 @@ def test_a_line_a_request(engine):
         "GET /ping 401 N ms, from 127.0.0.1", "POST /codex/send 200 N ms, from 127.0.0.1"]
     for line in lines:
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (debug|info|warning|error) ", line)
-    assert "turn 1 started" in engine.log() and "turn 1 ended: turn.completed" in engine.log()
+    assert "turn 1 started" in engine.log()
+    wait_for(lambda: "turn 1 ended: turn.completed" in engine.log())   # by its own thread
     assert "nobody else" not in engine.log() and harness.SECRET not in engine.log()
     assert "wrong secret" not in engine.log() and "/health" not in engine.log()
 
