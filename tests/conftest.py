@@ -219,7 +219,8 @@ def small_disk(make_engine, tmp_path):
     state.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k,mode=700", "tmpfs", str(state)],
                    check=True)
-    engine = make_engine(start=False, REPLICAS_ENGINE_STATE=str(state))
+    engine = make_engine(start=False, REPLICAS_ENGINE_STATE=str(state),
+                         PORT=str(harness.free_port()))     # its own, though it is killed
     engine.state = str(state)
     try:
         yield engine.start(), Disk(str(state))

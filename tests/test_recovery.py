@@ -155,7 +155,7 @@ def test_a_second_signal(make_engine, first, second):
     wait_for(lambda: "stopping" in engine.log())
     engine.process.send_signal(second)
     assert engine.process.wait() == 128 + second
-    engine.program = harness.Engine.program
+    engine.program = [*engine.program, "INTERRUPT_PATIENCE=3"]
     engine.start()
     assert code_of(Reader(engine, turn).result()) == "engine_restarted"
     assert not is_alive(codex)
@@ -246,7 +246,7 @@ def test_kill_while_the_earlier_turn_is_still_being_put_in_order(make_engine):
         engine.start()
         assert is_alive(codex)
     engine.kill()
-    engine.program = harness.Engine.program
+    engine.program = [*engine.program, "INTERRUPT_PATIENCE=3"]
     engine.start()
     events = engine.send("Hello")
     assert not is_alive(codex)
