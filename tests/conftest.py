@@ -147,8 +147,16 @@ def make_engine(tmp_path):
         if os.path.exists(engine.log_path):
             # Shown where the test failed
             print("The log of %s:\n%s" % (engine.folder, engine.log()[-4000:]))
-    left = [pid for engine in engines
-            for pid in harness.processes_with("CODEX_HOME", engine.codex_home)]
+
+    def found():
+        return [pid for engine in engines
+                for pid in harness.processes_with("CODEX_HOME", engine.codex_home)]
+
+    # What a killed engine merely looked around with is no turn's, and ends by itself.
+    with contextlib.suppress(AssertionError):
+        harness.wait_for(lambda: not any(replicas_engine.marks_of(pid) <= {"engine"}
+                                         for pid in found()))
+    left = found()
     for pid in left:
         try:
             os.kill(pid, signal.SIGKILL)

@@ -425,6 +425,8 @@ def test_codex_that_does_not_exit(make_engine, steps):
     events = engine.send(script(BEGIN, {"complete": True}, *steps))
     assert [event.type for event in events] == ["thread.started", "turn.completed", "done"]
     assert not is_alive(engine.calls()[-1]["pid"])
+    engine.stop()
+    wait_for(lambda: not harness.processes_with("CODEX_HOME", engine.codex_home))   # the sleep 0.1
 
 
 def test_codex_that_closes_its_stdout(make_engine, tmp_path):
@@ -450,7 +452,8 @@ def test_a_process_that_holds_codexs_stdout(engine):
 @pytest.fixture
 def few_turns(make_engine):
     return lambda turns=10 ** 6, size=10 ** 12: make_engine(
-        constants={"MAX_KEPT_TURNS": turns, "MAX_KEPT_BYTES": size})
+        constants={"MAX_KEPT_TURNS": turns, "MAX_KEPT_BYTES": size,
+                   "SEND_TIMEOUT": harness.PATIENCE, "VANISHED_TIMEOUT": 2 * harness.PATIENCE})
 
 
 def kept(engine):
