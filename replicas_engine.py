@@ -4196,6 +4196,7 @@ class Turn:
         self.started_at = time.monotonic()
         self.first_try = None               # to start it, where that failed and it waits on
         self._asked_until = 0.0             # Codex was asked to end the turn, and has until then
+        self._look_by = 0.0                 # when the next look at the deadlines is due
 
     # For any thread but its own
 
@@ -4311,6 +4312,7 @@ class Turn:
         self.run = CodexRun(driver, self.settings, self.codex,
                             TurnProcesses.create(self.id, self.mark), self.alarm)
         self.progress.start_anew()
+        self._look_by = time.monotonic()
 
     def _relay_again(self, thread_id, why):
         """Have another run of Codex take the message, of which the last one took nothing."""
@@ -4370,12 +4372,14 @@ class Turn:
 
     def _exchange(self):
         """Read, write and wait until the next look.  A pause of the machine counts for nothing."""
-        seconds, begin = self._next_look(), time.monotonic()
-        self.run.exchange(seconds)
-        if time.monotonic() > begin + seconds + PAUSE:
-            logger.warning("turn %d: the machine stood still for %d s: its time-outs begin anew",
-                           self.id, time.monotonic() - begin - seconds)
+        now = time.monotonic()
+        if now > self._look_by + PAUSE:     # wherever it caught us
+            logger.warning("turn %d: the engine stood still for %d s: its time-outs begin anew",
+                           self.id, now - self._look_by)
             self.progress.begin()
+        seconds = self._next_look(now)
+        self._look_by = now + seconds
+        self.run.exchange(seconds)
         self._publish(self.run.take_events())
 
     def _hold_back(self, holding):
@@ -4397,15 +4401,14 @@ class Turn:
         if now >= self._asked_until or self.run.driver.over:
             self.stopper.order(self.run.processes)
 
-    def _next_look(self):
+    def _next_look(self, now):
         """Seconds until the next deadline; what is past its deadline is stopped."""
         holding = self.log.error is not None
         waits = [DISK_PATIENCE if holding else LOOK_INTERVAL]
         if self.stopper.is_stopping:
             return waits[0]
         if self._asked_until and not self.progress.terminal:
-            return min(waits[0], max(0.0, self._asked_until - time.monotonic()))
-        now = time.monotonic()
+            return min(waits[0], max(0.0, self._asked_until - now))
         for deadline, code in self.progress.deadlines(self.run, self.stop_code, holding):
             if now >= deadline:
                 self._too_late(code)

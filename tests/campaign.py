@@ -26,20 +26,6 @@ from test_faults import Client, check_seen  # noqa: E402
 KEPT = 90                                   # turns that may be read again: the engine keeps 100
 
 
-class Engine(harness.Engine):
-    """One with a secret of its own: between its lives another test's engine may get its port."""
-
-    def __init__(self, folder):
-        self.secret = os.urandom(16).hex()
-        super().__init__(folder, REPLICAS_ENGINE_SECRET=self.secret)
-
-    def open(self, method, path, body=None, headers=None, secret=None):
-        return super().open(method, path, body, headers, secret or self.secret)
-
-    def request(self, method, path, body=None, headers=None, secret=None):
-        return super().request(method, path, body, headers, secret or self.secret)
-
-
 class Campaign:
     def __init__(self, engine, seed, disk=None):
         self.engine = engine
@@ -61,7 +47,7 @@ class Campaign:
                     "pause": self.random.choice((0, 0.002))}}, {"complete": True},
                     {"event": {"type": "message.%d" % self.messages}})
                 client = Client(self.engine, self.seen, "key %d" % self.messages, message)
-                assert client.run(120), (client.answers[-5:], client.turn, client.last)
+                assert client.run(), (client.answers[-5:], client.turn, client.last)
                 self.check(client, count)
         except BaseException as error:
             self.problem = error
@@ -93,7 +79,8 @@ class Campaign:
         talker = threading.Thread(target=self.talk, daemon=True)
         talker.start()
         while self.kills < kills and not self.problem:
-            if self.random.random() < 0.5:  # however slow the machine is, something comes
+            # However slow the machine is, something comes.
+            if self.random.random() < 0.5 or self.kills == kills - 1:
                 known = len(self.seen)
                 wait_for(lambda: len(self.seen) > known or self.problem)
             time.sleep(self.random.random() ** 2 * 0.5)
@@ -110,7 +97,7 @@ class Campaign:
             if not self.problem:
                 self.reread()
         self.over = True
-        talker.join(150)
+        talker.join(2 * harness.PATIENCE)
         if self.problem:
             raise self.problem
         assert not talker.is_alive()
@@ -154,7 +141,7 @@ def tmpfs(path, size):
 
 
 def run(folder, kills, seed, size=None):
-    engine = Engine(folder)
+    engine = harness.Engine(folder, PORT=str(harness.free_port()))      # between its lives, too
     with contextlib.ExitStack() as stack:
         if size:
             engine.state = engine.env["REPLICAS_ENGINE_STATE"] = stack.enter_context(

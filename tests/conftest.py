@@ -147,8 +147,16 @@ def make_engine(tmp_path):
         if os.path.exists(engine.log_path):
             # Shown where the test failed
             print("The log of %s:\n%s" % (engine.folder, engine.log()[-4000:]))
-    left = [pid for engine in engines
-            for pid in harness.processes_with("CODEX_HOME", engine.codex_home)]
+
+    def found():
+        return [pid for engine in engines
+                for pid in harness.processes_with("CODEX_HOME", engine.codex_home)]
+
+    # What a killed engine merely looked around with is no turn's, and ends by itself.
+    with contextlib.suppress(AssertionError):
+        harness.wait_for(lambda: not any(replicas_engine.marks_of(pid) <= {"engine"}
+                                         for pid in found()))
+    left = found()
     for pid in left:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -219,7 +227,8 @@ def small_disk(make_engine, tmp_path):
     state.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k,mode=700", "tmpfs", str(state)],
                    check=True)
-    engine = make_engine(start=False, REPLICAS_ENGINE_STATE=str(state))
+    engine = make_engine(start=False, REPLICAS_ENGINE_STATE=str(state),
+                         PORT=str(harness.free_port()))     # its own, though it is killed
     engine.state = str(state)
     try:
         yield engine.start(), Disk(str(state))

@@ -26,16 +26,19 @@ CODEX_VERSIONS = os.environ.get("CODEX_VERSIONS", "0.169.0 0.98.0 0.50.0").split
 PATIENCE = 180.0                    # seconds until a condition that must come has failed to
 
 # The engine from cached bytecode, as the service runs it (a script is compiled at every start), and
-# with other values for some of the module's constants: NAME=VALUE ...
+# with other values for some of the module's constants: NAME=VALUE ...  A slow machine makes it lose
+# neither Codex's version nor the log's last lines.
 ENGINE = """\
 import sys
 sys.path.insert(0, %r)
 import replicas_engine
+replicas_engine.VERSION_PATIENCE = replicas_engine.FLUSH_TIMEOUT = %r
 for name, _, value in (pair.partition("=") for pair in sys.argv[1:]):
     assert hasattr(replicas_engine, name), name
     setattr(replicas_engine, name, type(getattr(replicas_engine, name))(value))
 sys.exit(replicas_engine.main([]))
-""" % ROOT
+""" % (ROOT, PATIENCE)
+FREE_AGAIN = "RELEASE_PATIENCE=%s" % PATIENCE
 CONTRACT = None         # the contract.Contract that answers and events are held against, if any
 OPEN_TO_VIEW = {"PR_SET_DUMPABLE": 3}   # it asks (prctl(2)) instead of shutting its own user out
 
@@ -221,8 +224,12 @@ class Engine:
             raise AssertionError("the engine does not stop:\n" + self.log()[-5000:]) from None
 
     def kill(self):
+        """kill -9; the next one waits, for as long as need be, until what this one just forked is
+        another program, and lets go of its lock and its port."""
         self.process.kill()
         self.process.wait()
+        if ENGINE in self.program and FREE_AGAIN not in self.program:
+            self.program = [*self.program, FREE_AGAIN]
 
     def restart(self):
         self.stop()

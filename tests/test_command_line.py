@@ -544,7 +544,8 @@ def test_a_line_a_request(engine):
         "GET /ping 401 N ms, from 127.0.0.1", "POST /codex/send 200 N ms, from 127.0.0.1"]
     for line in lines:
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (debug|info|warning|error) ", line)
-    assert "turn 1 started" in engine.log() and "turn 1 ended: turn.completed" in engine.log()
+    assert "turn 1 started" in engine.log()
+    wait_for(lambda: "turn 1 ended: turn.completed" in engine.log())   # by its own thread
     assert "nobody else" not in engine.log() and harness.SECRET not in engine.log()
     assert "wrong secret" not in engine.log() and "/health" not in engine.log()
 
@@ -731,14 +732,15 @@ def test_a_main_thread_that_cannot_do_its_work(make_engine):
     assert engine.stop() == 0
 
 
-def test_without_a_thread_to_be_had(make_engine):
+def test_without_a_thread_to_be_had(make_engine, notifications):
     """An agent may fill the machine's process table, or the service's TasksMax."""
     engine = make_altered(
         make_engine, "start = threading.Thread.start",
         "def start_or_not(thread):",
         "    if wanted(): raise RuntimeError(\"can't start new thread\")",
         "    start(thread)",
-        "threading.Thread.start = start_or_not")
+        "threading.Thread.start = start_or_not", NOTIFY_SOCKET=notifications.getsockname())
+    assert notifications.recv(100).startswith(b"READY=1")   # it has all threads that it needs
     with contextlib.closing(engine.connect()) as connection:
         connection.request("GET", "/health")
         assert connection.getresponse().read()
@@ -781,7 +783,7 @@ def test_code_that_lets_no_other_thread_run_ends_the_engine(make_engine):
 
 
 def test_a_pause_of_the_machine_is_not_a_hang(make_engine):
-    engine = make_altered(make_engine, "engine.HANG_LIMIT = 2", "engine.CPU_HANG_LIMIT = 3")
+    engine = make_altered(make_engine, "engine.HANG_LIMIT = 4", "engine.CPU_HANG_LIMIT = 3")
     engine.process.send_signal(signal.SIGSTOP)
     time.sleep(5)                           # the pause
     engine.process.send_signal(signal.SIGCONT)

@@ -95,9 +95,6 @@ class Client:
                 headers={"Last-Event-ID": self.last} if self.last else {})
         with contextlib.closing(connection):
             self.answers.append(response.status)
-            if response.status == 401:          # by another engine that got its port meanwhile
-                response.read()
-                return
             if response.status != 200:
                 body = json.loads(response.read().decode())
                 assert body["error"] and body["details"], body

@@ -5,7 +5,7 @@ import os
 import random
 import threading
 
-from harness import read_events, script, wait_for
+from harness import PATIENCE, read_events, script, wait_for
 from test_steering import slow_to_start
 
 START = {"thread": "resume"}
@@ -68,8 +68,9 @@ def test_what_it_refuses(engine):
     assert engine.get("/codex/events?follow=0").status == 404
 
 
-def test_the_engines_end(engine):
+def test_the_engines_end(make_engine):
     """It ends too, whole, and goes on after the restart."""
+    engine = make_engine(constants={"CLOSE_TIMEOUT": PATIENCE})
     turn = engine.start_turn(script(START, {"sleep": 120}))
     connection, response = follow(engine)
     with contextlib.closing(connection):

@@ -431,7 +431,7 @@ def test_a_rollout_that_unpacks_to_more_than_is_allowed(make_engine):
         assert got.status == 413 and set(got.json()) == {"error", "details"}
         assert "REPLICAS_ENGINE_MAX_HISTORY" in got.json()["details"]
         assert path in got.json()["details"]
-        assert open_rollouts(engine) == children(engine) == []
+        wait_for(lambda: not open_rollouts(engine) and not children(engine), "its end")
     assert memory(engine) - before < 10
     assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
     assert engine.status()["session_file"] == path
@@ -485,7 +485,7 @@ def test_a_disk_that_fills_while_it_is_unpacked(request, make_engine):
     for _ in range(3):
         got = engine.get("/codex/history")
         assert got.status == 507 and "make room" in got.json()["details"]
-        assert open_rollouts(engine) == children(engine) == []
+        wait_for(lambda: not open_rollouts(engine) and not children(engine), "its end")
     assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
     write(path)
     os.rename(path, path[:-len(".zst")])                # there is room again

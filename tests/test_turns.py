@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+import types
 
 import pytest
 
@@ -307,22 +308,26 @@ def test_an_interrupt_while_a_lost_thread_is_replaced(make_engine):
 ITEM = {"id": "item_0", "type": "command_execution", "command": "make", "status": "in_progress"}
 
 
+IDLE = 8        # seconds: more than a machine may stand still between what Codex does at once
+
+
 def test_a_turn_that_stalls(make_engine):
-    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="5")
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT=str(IDLE))
     events = engine.send(script(BEGIN, HANG))
     assert [event.type for event in events] == ["thread.started", "error", "turn.failed", "done"]
     assert events[2].json()["error"]["code"] == "stalled"
-    assert "5 seconds" in events[2].json()["error"]["message"]
+    assert "%d seconds" % IDLE in events[2].json()["error"]["message"]
     assert engine.status()["turn"]["status"] == "failed"
     assert not is_alive(engine.calls()[-1]["pid"])
-    events = engine.send(script(BEGIN, {"count": {"n": 12, "pause": 0.6}}, {"complete": True}))
+    events = engine.send(script(BEGIN, {"count": {"n": 12, "pause": IDLE / 10}},
+                                {"complete": True}))
     assert events[-2].type == "turn.completed"
 
 
 def test_an_item_in_progress_holds_off_the_stall(make_engine):
-    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="5")
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT=str(IDLE))
     events = engine.send(script(
-        BEGIN, {"event": {"type": "item.started", "item": ITEM}}, {"sleep": 7},
+        BEGIN, {"event": {"type": "item.started", "item": ITEM}}, {"sleep": IDLE + 2},
         {"event": {"type": "item.completed", "item": ITEM}}, {"complete": True}))
     assert events[-2].type == "turn.completed"
     events = engine.send(script(
@@ -336,7 +341,7 @@ def test_an_item_in_progress_holds_off_the_stall(make_engine):
 
 def test_trying_again_is_no_progress(make_engine):
     """With its API out of reach Codex 0.169 says so every minute, and for ever."""
-    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT="5")
+    engine = make_engine(REPLICAS_ENGINE_IDLE_TIMEOUT=str(IDLE))
     again = {"event": {"type": "error", "message": "Reconnecting… waiting for the network"}}
     events = engine.send(script(BEGIN, *[again, {"sleep": 0.3}] * 200))
     error = events[-2].json()["error"]
@@ -344,8 +349,8 @@ def test_trying_again_is_no_progress(make_engine):
     assert error["message"].endswith(": Reconnecting… waiting for the network")
     wait_for(lambda: "warning turn 1 ended: stalled" in engine.log())
     assert engine.log().count(error["message"]) == 1
-    events = engine.send(script(BEGIN, again, {"sleep": 3}, {"event": {"type": "item.completed"}},
-                                again, {"sleep": 3}, {"complete": True}))
+    events = engine.send(script(BEGIN, *[
+        again, {"sleep": IDLE / 4}, {"event": {"type": "item.completed"}}] * 5, {"complete": True}))
     assert events[-2].type == "turn.completed"
 
 
@@ -361,18 +366,39 @@ def test_a_failed_turn_is_one_warning(engine):
 def test_a_pause_of_the_machine_is_no_stall(make_engine, tmp_path):
     """As when a VM is frozen: the engine and Codex stand still, and the clock goes on."""
     engine = make_engine(constants={"LOOK_INTERVAL": 0.2, "PAUSE": 1.0},
-                         REPLICAS_ENGINE_IDLE_TIMEOUT="6", REPLICAS_ENGINE_TURN_TIMEOUT="60")
+                         REPLICAS_ENGINE_IDLE_TIMEOUT=str(IDLE), REPLICAS_ENGINE_TURN_TIMEOUT="60")
     go_on = str(tmp_path / "go-on")
     turn = engine.start_turn(script(BEGIN, {"wait_for": go_on}, {"complete": True}))
     wait_for(lambda: engine.status()["thread_id"])
     for _ in range(2):                      # and twice, since one pause may follow another
         engine.process.send_signal(signal.SIGSTOP)
-        time.sleep(7)
+        time.sleep(IDLE + 1)
         engine.process.send_signal(signal.SIGCONT)
         assert engine.status()["turn"]["status"] == "running"
     open(go_on, "w").close()
     assert engine.events(turn)[-2].type == "turn.completed"
     wait_for(lambda: "stood still" in engine.log())
+
+
+def test_a_pause_of_the_machine_between_two_looks_is_no_stall(engine, monkeypatch, tmp_path):
+    """Wherever it catches the turn's thread, and not only while that waits."""
+    engine.stop()
+    gate, looks, pass_on = tmp_path / "gate", [], replicas_engine.Steers.pass_on
+    monkeypatch.setattr(replicas_engine, "LOOK_INTERVAL", 0.05)
+    monkeypatch.setattr(replicas_engine, "time", types.SimpleNamespace(**dict(
+        vars(time), monotonic=lambda: time.monotonic() + (10 ** 6 if looks else 0))))
+    monkeypatch.setattr(replicas_engine.Steers, "pass_on", lambda *args: (
+        looks.append(1), pass_on(*args)))
+    runner = engine.runner()
+    runner.open()
+    log, _ = runner.send(replicas_engine.TurnOptions({"message": script(
+        BEGIN, {"wait_for": str(gate)}, {"complete": True})}, runner.settings))
+    wait_for(lambda: len(looks) > 5 or log.finished)
+    gate.touch()
+    log.wait_for_end(harness.PATIENCE)
+    runner.close()
+    engine.start()
+    assert engine.events(1)[-2].type == "turn.completed"
 
 
 def test_no_stall_where_none_is_wanted(make_engine):
@@ -382,7 +408,7 @@ def test_no_stall_where_none_is_wanted(make_engine):
 
 
 def test_a_turn_that_takes_too_long(make_engine):
-    engine = make_engine(REPLICAS_ENGINE_TURN_TIMEOUT="5")
+    engine = make_engine(REPLICAS_ENGINE_TURN_TIMEOUT="8")
     events = engine.send(script(BEGIN, {"event": {"type": "item.started", "item": ITEM}},
                                 {"count": {"n": 5000, "pause": 0.01}}))
     assert events[-2].json()["error"]["code"] == "timeout"
@@ -399,6 +425,8 @@ def test_codex_that_does_not_exit(make_engine, steps):
     events = engine.send(script(BEGIN, {"complete": True}, *steps))
     assert [event.type for event in events] == ["thread.started", "turn.completed", "done"]
     assert not is_alive(engine.calls()[-1]["pid"])
+    engine.stop()
+    wait_for(lambda: not harness.processes_with("CODEX_HOME", engine.codex_home))   # the sleep 0.1
 
 
 def test_codex_that_closes_its_stdout(make_engine, tmp_path):
@@ -424,7 +452,8 @@ def test_a_process_that_holds_codexs_stdout(engine):
 @pytest.fixture
 def few_turns(make_engine):
     return lambda turns=10 ** 6, size=10 ** 12: make_engine(
-        constants={"MAX_KEPT_TURNS": turns, "MAX_KEPT_BYTES": size})
+        constants={"MAX_KEPT_TURNS": turns, "MAX_KEPT_BYTES": size,
+                   "SEND_TIMEOUT": harness.PATIENCE, "VANISHED_TIMEOUT": 2 * harness.PATIENCE})
 
 
 def kept(engine):
