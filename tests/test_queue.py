@@ -439,7 +439,7 @@ def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
     wait_for(lambda: runner.closing)
     closer.join()
     assert not [pid for pid in harness.processes_with("CODEX_HOME", busy.codex_home)
-                if b"exec" in harness.command_of(pid)]      # or it is what the first one looked with
+                if b"exec" in harness.command_of(pid)]      # else the first one looked with it
     busy.start()
     if moment == "and the disk fails":      # as far as anybody can see it had been started
         assert code_of(busy, 2) == "shutdown" and "on" not in busy.prompts()
