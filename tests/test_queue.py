@@ -208,7 +208,7 @@ def test_cancelled_ones_push_no_turn_out(make_engine, tmp_path):
     thread_id = engine.status()["thread_id"]
     gate.touch()
     assert result(engine, 1)["status"] == "completed"
-    wait_for(lambda: "10.log" not in os.listdir(os.path.join(engine.state, "turns")))
+    wait_for(lambda: "5.log" not in os.listdir(os.path.join(engine.state, "turns")))
     assert engine.status()["turn"]["id"] == 1
     assert engine.restart().status()["thread_id"] == thread_id
 

@@ -184,8 +184,8 @@ def test_an_interrupt_while_idle(engine):
 def test_ten_interrupts_at_once(engine):
     for _ in range(3):
         turn = engine.start_turn(script(BEGIN, HANG))
-        codex = wait_for(engine.calls)[-1]["pid"]
         wait_for(lambda: engine.status()["turn"]["last_event_id"])
+        codex = engine.calls()[-1]["pid"]
         answers = at_once(10, lambda number: (engine.post("/codex/interrupt").json(),
                                               is_alive(codex)))
         assert {answer["interrupted"] for answer, _ in answers} <= {True, False}
