@@ -4317,8 +4317,8 @@ class Turn:
     def _relay_again(self, thread_id, why):
         """Have another run of Codex take the message, of which the last one took nothing."""
         logger.warning("turn %d: %s", self.id, why)
-        self.stop_run()                     # it may hold the thread
-        if not self.stop_code:
+        self.stop_run()                     # it may hold the thread, or have the message after all
+        if self.run.exited.is_set() and not self.stop_code:
             self._launch(thread_id, live=False)
             self._relay()
 
@@ -5922,7 +5922,7 @@ class Problems:
                 "%s=%s: it was deleted or replaced while the engine ran: another engine could start"
                 % (name, self.state.path), self.settings.remedy("restart the engine"))]
         path = self.settings.state
-        if is_missing(path) and path == self.settings.env.get("STATE_DIRECTORY"):
+        if is_missing(path) and path in self.settings.env.get("STATE_DIRECTORY", "").split(":"):
             return path, []                 # of a service that never ran: systemd makes it
         path, problems = self._look_at_folder(path, name, is_made=True)
         if problems:

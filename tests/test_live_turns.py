@@ -97,6 +97,34 @@ def test_a_turn_that_is_stopped_before_exec_takes_over(engine, monkeypatch):
     assert ways == [replicas_engine.AppServer]
 
 
+def test_no_exec_takes_over_while_an_app_server_cannot_be_stopped(engine, monkeypatch):
+    """It may have taken the message, whatever it says: the turn would run twice."""
+    at_requests(engine, thread_start=[{"sleep": 120}])
+    engine.stop()
+    runner, run_as_ever, runs = engine.runner(), replicas_engine.CodexRun, []
+
+    def stop(stopper, turn_processes):
+        stopper.left = [{"pid": turn_processes.pid, "command": "codex"}]
+    monkeypatch.setattr(replicas_engine, "CodexRun", lambda *args: (
+        runs.append(run_as_ever(*args)), runs[-1])[1])
+    monkeypatch.setattr(replicas_engine, "ACCEPT_PATIENCE", 0.5)
+    monkeypatch.setattr(replicas_engine, "KILL_PATIENCE", 0.1)
+    monkeypatch.setattr(replicas_engine.Stopper, "stop", stop)
+    runner.open()
+    log, _ = runner.send(replicas_engine.TurnOptions({"message": "once", "deltas": True},
+                                                     runner.settings))
+    log.wait_for_end(harness.PATIENCE)
+    assert len(runs) == 1 and runner.running()      # nor does another turn start
+    runs[0].child.kill()
+    wait_for(lambda: not runner.running())
+    monkeypatch.undo()
+    runner.close()
+    engine.start()
+    error = engine.events(1)[-2].json()["error"]
+    assert (error["code"], "could not be stopped" in error["message"]) == ("exited", True)
+    assert engine.prompts() == []
+
+
 def test_an_app_server_that_never_answers(make_engine):
     engine = make_engine(constants={"ACCEPT_PATIENCE": 1.0})
     at_requests(engine, thread_start=[])
