@@ -11,6 +11,7 @@ import replicas_engine
 from harness import check_stream, is_alive, read_events, script, wait_for
 
 BEGIN = {"thread": "resume"}
+PATIENT = {"ASK_PATIENCE": harness.PATIENCE}    # a slow Codex is one that obeys, too
 
 
 def at_requests(engine, **steps):
@@ -139,7 +140,8 @@ def test_its_end_after_the_turn_was_taken_is_that_of_the_turn(engine):
     assert len(engine.calls()) == 0         # exec was not started
 
 
-def test_an_interrupt_asks_first_and_leaves_nothing(engine, tmp_path):
+def test_an_interrupt_asks_first_and_leaves_nothing(make_engine, tmp_path):
+    engine = make_engine(constants=PATIENT)
     pids = str(tmp_path / "pids")
     turn = engine.start_turn(script(BEGIN, {"say": "x"}, {"spawn": {
         "argv": ["sleep", "120"], "session": True, "pidfile": pids}}, {"sleep": 120}), deltas=True)
@@ -164,8 +166,9 @@ def test_a_codex_that_does_not_obey(engine):
     assert error["code"] == "interrupted", error
 
 
-def test_a_turn_that_ends_by_itself_while_it_is_interrupted(engine, tmp_path):
+def test_a_turn_that_ends_by_itself_while_it_is_interrupted(make_engine, tmp_path):
     """And an app-server that then doesn't exit: the interrupt is answered, and it is ended."""
+    engine = make_engine(constants=PATIENT)
     asked = str(tmp_path / "asked")
     at_requests(engine, turn_interrupt=[{"touch": asked}, {"sleep": 120}])
     turn = engine.start_turn(script({"say": "x"}, {"wait_for": asked}, {"complete": True}),

@@ -136,11 +136,11 @@ def test_it_is_answered_whatever_codex_does(engine, what):
     assert steered(engine, turn) == []
 
 
-def test_an_end_that_waits_for_an_answer_that_never_comes(make_engine):
+def test_an_end_that_waits_for_an_answer_that_never_comes(make_engine, tmp_path):
     """Codex is ended, and so is the turn, as Codex said."""
-    engine = make_engine(constants={"EXIT_PATIENCE": 0.5})
-    at_requests(engine, turn_steer=[])
-    turn = start(engine, script(*BEGIN, {"sleep": 1}, {"complete": True}))
+    engine, asked = make_engine(constants={"EXIT_PATIENCE": 0.5}), str(tmp_path / "asked")
+    at_requests(engine, turn_steer=[{"touch": asked}])
+    turn = start(engine, script(*BEGIN, {"wait_for": asked}, {"complete": True}))
     answer = steer(engine, "on")
     assert answer.status == 409 and "history" in answer.json()["details"]
     assert engine.events(turn)[-2].type == "turn.completed"
