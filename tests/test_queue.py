@@ -377,13 +377,25 @@ def test_one_that_was_cancelled_is_no_failure_after_a_restart(busy):
     runner.close()
 
 
-def test_an_engine_that_ends_while_it_tries(busy):
-    """The next one has the message; one that was to cut into the turn is answered."""
+@pytest.fixture
+def begins(busy):
+    """What an engine is in this process that has the message "on" to begin with, since the one that
+    had a turn in progress was killed; and a thread that ends it."""
     put(busy, "on")
     busy.kill()
     busy.gate.touch()
-    runner, steers = busy.runner(), []
-    closer = threading.Thread(target=runner.close)
+    runner = busy.runner()
+    return runner, threading.Thread(target=runner.close)
+
+
+def check_that_the_next_one_runs_it(busy):
+    busy.start()
+    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+
+
+def test_an_engine_that_ends_while_it_tries(busy, begins):
+    """The next one has the message; one that was to cut into the turn is answered."""
+    (runner, closer), steers = begins, []
 
     def prepare(options):
         with runner.lock:
@@ -397,19 +409,14 @@ def test_an_engine_that_ends_while_it_tries(busy):
     wait_for(lambda: steers and steers[0].answered.is_set())
     assert steers[0].refusal
     closer.join()
-    busy.start()
-    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+    check_that_the_next_one_runs_it(busy)
 
 
 @pytest.mark.parametrize("moment", ["Codex is asked for", "Codex is there", "it is written down",
                                     "and the disk fails"])
-def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
+def test_an_engine_that_ends_while_it_starts_one(busy, begins, monkeypatch, moment):
     """Codex has not got it yet: it is the next one's."""
-    put(busy, "on")
-    busy.kill()
-    busy.gate.touch()
-    runner, fsync, on_disk = busy.runner(), os.fsync, []
-    closer = threading.Thread(target=runner.close)
+    (runner, closer), fsync, on_disk = begins, os.fsync, []
 
     def sync(fd):
         if os.readlink("/proc/self/fd/%d" % fd).endswith("/2.log"):
@@ -440,24 +447,21 @@ def test_an_engine_that_ends_while_it_starts_one(busy, monkeypatch, moment):
     closer.join()
     assert not [pid for pid in harness.processes_with("CODEX_HOME", busy.codex_home)
                 if b"exec" in harness.command_of(pid)]      # else the first one looked with it
-    busy.start()
     if moment == "and the disk fails":      # as far as anybody can see it had been started
+        busy.start()
         assert code_of(busy, 2) == "shutdown" and "on" not in busy.prompts()
         return
-    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+    check_that_the_next_one_runs_it(busy)
     assert "tried again" not in busy.log()
     # As it would after a power cut
     assert [b"queued_at" in header for header in on_disk] == (
         [] if moment == "Codex is asked for" else [False, True])
 
 
-def test_one_that_is_tried_again_just_when_the_engine_ends(busy, monkeypatch):
+def test_one_that_is_tried_again_just_when_the_engine_ends(busy, begins, monkeypatch):
     """Who puts it back has nothing to do with it any more."""
-    put(busy, "on")
-    busy.kill()
-    busy.gate.touch()
-    runner, close, tries, go = busy.runner(), replicas_engine.Steers.close, [], threading.Event()
-    closer = threading.Thread(target=runner.close)
+    (runner, closer), close = begins, replicas_engine.Steers.close
+    tries, go = [], threading.Event()
 
     def prepare(options):
         tries.append(threading.current_thread())
@@ -481,18 +485,13 @@ def test_one_that_is_tried_again_just_when_the_engine_ends(busy, monkeypatch):
     assert not runner.current.over.is_set()
     go.set()
     closer.join()
-    busy.start()
-    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+    check_that_the_next_one_runs_it(busy)
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["it passes", "the engine ends"])
-def test_one_whose_log_cannot_be_written_now(busy, monkeypatch, ends):
+def test_one_whose_log_cannot_be_written_now(busy, begins, monkeypatch, ends):
     """Nothing of it has changed: it waits on."""
-    put(busy, "on")
-    busy.kill()
-    busy.gate.touch()
-    runner, tries = busy.runner(), []
-    closer = threading.Thread(target=runner.close)
+    (runner, closer), tries = begins, []
     reopen = replicas_engine.TurnLog._reopen
 
     def fail(turn_log):
@@ -512,17 +511,12 @@ def test_one_whose_log_cannot_be_written_now(busy, monkeypatch, ends):
             closer.start()
         closer.join()
     assert not harness.processes_with("CODEX_HOME", busy.codex_home)
-    busy.start()
-    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+    check_that_the_next_one_runs_it(busy)
 
 
-def test_who_interrupts_one_that_is_left_to_the_next_engine_is_told(busy):
+def test_who_interrupts_one_that_is_left_to_the_next_engine_is_told(busy, begins):
     """It isn't stopped: it runs there."""
-    put(busy, "on")
-    busy.kill()
-    busy.gate.touch()
-    runner, answers = busy.runner(), []
-    closer = threading.Thread(target=runner.close)
+    (runner, closer), answers = begins, []
 
     def interrupt():
         with pytest.raises(replicas_engine.HTTPError) as refused:
@@ -544,8 +538,7 @@ def test_who_interrupts_one_that_is_left_to_the_next_engine_is_told(busy):
     closer.join()
     interrupter.join()
     assert answers == [503]
-    busy.start()
-    assert result(busy, 2)["status"] == "completed" and busy.prompts().count("on") == 1
+    check_that_the_next_one_runs_it(busy)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
