@@ -106,7 +106,7 @@ def run_for_long(engine, names, **options):
     number = unique()
     tricks.prepare(engine.folder)
     command, count, made = tricks.command(names, number, engine.folder, sys.executable)
-    turn = engine.start_turn("model: run " + command, **options)
+    turn = engine.start_turn("model: run %s\nmodel: hang" % command, **options)
     wait_for(lambda: len(sleepers(number)) >= count, names)
     for name in made:
         wait_for(lambda: os.path.exists(os.path.join(engine.workspace, name)), name)

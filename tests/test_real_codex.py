@@ -237,7 +237,8 @@ def test_an_interrupt_and_the_thread_goes_on(real):
     need_sandbox(real)
     real.engine.post("/codex/reset")
     before, started = os.listdir(real.workspace), real.path("started")
-    real.engine.start_turn("model: run touch started; sleep 300")
+    # 0.50 ends the command first, and may tell the model, and be done, before it ends itself.
+    real.engine.start_turn("model: run touch started; sleep 300\nmodel: hang")
     wait_for(lambda: os.path.exists(started), "the command to start")
     answer = real.engine.post("/codex/interrupt").json()
     assert answer["interrupted"] is True
